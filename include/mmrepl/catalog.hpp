@@ -1,0 +1,129 @@
+/*
+ * catalog.hpp
+ *		The extension's own tables: pairs, streams, node; every read of them
+ *		and the identity of this database as a node.
+ *
+ * A stream is what is delivered in order: (foreign server, role whose user
+ * mapping is used).  Its row in mmrepl.stream is made when its first pair is.
+ */
+#pragma once
+
+#include "mmrepl/pg.hpp"
+
+namespace mmrepl::catalog
+{
+
+enum class Mode : char
+{
+	Async = 'a',
+	Sync = 's'
+};
+
+/* A row of mmrepl.pair, resolved; strings palloc'd in the caller's context. */
+struct Pair
+{
+	int32 id; /* 0: a trigger made by hand */
+	Oid local_table;
+	Oid server;
+	char *server_name;
+	Oid owner;
+	char *remote_schema;
+	char *remote_table;
+	Mode mode;
+	bool queue_when_unreachable; /* on_unreachable = 'queue' */
+	char conflict;				 /* change::Conflict */
+	bool enabled;
+	List *columns;	  /* of char *, local names; NIL: all */
+	List *map_local;  /* of char *: column_map, local ... */
+	List *map_remote; /* ... and remote names */
+	char *row_filter; /* NULL: every row */
+};
+
+/* A row of mmrepl.stream. */
+struct StreamRow
+{
+	int32 id;
+	Oid server;
+	Oid owner;
+	bool paused;
+	uint64 confirmed;	  /* as last written; the peer knows better */
+	NameData server_name; /* as last seen; outlives the server */
+};
+
+/* OIDs of the extension's relations; cached, invalidated with the relcache. */
+struct Relations
+{
+	Oid schema;
+	Oid pair, pair_by_table;
+	Oid stream, stream_by_id, stream_by_key, stream_ids;
+	Oid node;
+	Oid progress, progress_key;
+	Oid marker, marker_key;
+	Oid skipped;
+	Oid queue[3];
+};
+
+/* Register invalidation callbacks; called from _PG_init. */
+void Init();
+
+/* Whether the extension exists in this database (current transaction's view). */
+bool ExtensionExists();
+
+/* Raises when the extension does not exist in this database. */
+const Relations &GetRelations();
+
+/*
+ * Changes whenever anything the capture cache is built from may have changed
+ * for all tables: a foreign server, a user mapping, the extension.  (A single
+ * table's changes arrive as its relcache invalidation.)
+ */
+uint64 Generation();
+
+/* Enabled pairs of a table, ordered by pair id. */
+List *PairsOf(Oid table);
+
+/* All pairs of a stream (for validation and statistics). */
+List *PairsOfServer(Oid server);
+
+/* The stream's row; false when there is none (or it is not visible yet). */
+bool FindStreamRow(Oid server, Oid owner, StreamRow *row);
+bool ReadStreamRow(int32 id, StreamRow *row);
+List *AllStreams(); /* of StreamRow * */
+
+/*
+ * The stream's id, with its row inserted in the current transaction if there
+ * was none.  Concurrent callers wait for each other's commit.  A row whose
+ * server is gone is taken over when the server was made again under its name.
+ */
+int32 EnsureStreamRow(Oid server, Oid owner);
+
+/*
+ * Write confirmed / paused into the stream's row; false when the row is gone.
+ * `confirmed` alone is advisory: it is left for the next time (and true is
+ * returned) while another transaction holds the row.
+ */
+bool UpdateStreamRow(int32 id, const uint64 *confirmed, const bool *paused);
+
+/* Remove the stream's row (nothing of it is queued any more); false when it was gone. */
+bool DeleteStreamRow(int32 id);
+
+/* Note the new name of a renamed server in the rows of its streams. */
+void RenameStreams(Oid server, const char *name);
+
+/* This database's node id (16 bytes). */
+pg_uuid_t NodeId();
+
+/*
+ * Whether mmrepl.node was made by this very database; false in a copy made by
+ * CREATE DATABASE ... TEMPLATE, which must not deliver the original's queue.
+ */
+bool NodeIsOurs();
+
+/* SQL: mmrepl.node_id(), mmrepl.adopt_node(moved, force). */
+Datum SqlNodeId(FunctionCallInfo fcinfo);
+Datum SqlAdoptNode(FunctionCallInfo fcinfo);
+
+/* The role whose mapping a trigger made by hand uses: the table's owner. */
+Oid TableOwner(Oid table);
+
+} // namespace mmrepl::catalog

@@ -1,0 +1,46 @@
+/*
+ * guc.hpp
+ *		All settings of the extension (prefix mmrepl.).
+ */
+#pragma once
+
+#include "mmrepl/pg.hpp"
+
+namespace mmrepl::guc
+{
+
+/* mmrepl.mode: which mode the transaction's captures use. */
+enum class Mode : int
+{
+	Pair, /* what the pair says */
+	Async,
+	Sync
+};
+
+/* mmrepl.sync_flush: when inline changes travel. */
+enum class Flush : int
+{
+	Statement,
+	Commit
+};
+
+extern int max_servers;		   /* streams that shared memory has room for */
+extern int ring_size;		   /* kB of shared memory for each stream's ring */
+extern int batch_size;		   /* kB of changes in one batch */
+extern int batch_transactions; /* source transactions in one batch */
+extern int retry_min_delay;	   /* ms */
+extern int retry_max_delay;	   /* ms */
+extern int connect_timeout;	   /* ms */
+extern int sync_timeout;	   /* ms: bound of every wait for a peer in a user's transaction */
+extern int sync_lock_timeout;  /* ms: lock wait at the peer; 0: twice deadlock_timeout */
+extern int buffer_memory;	   /* kB a transaction may hold before it spills to the queue */
+extern int rotate_size;		   /* kB of a queue table at which the next one is taken */
+extern Flush sync_flush;
+extern Mode mode;
+extern bool capture; /* off: triggers capture nothing (superuser) */
+extern bool log_conflicts;
+
+/* Define the settings; called from _PG_init. */
+void Init();
+
+} // namespace mmrepl::guc

@@ -1,0 +1,218 @@
+/*
+ * queue.hpp
+ *		The durable queue (three rotating tables), the ring that caches its newest
+ *		part, the ticket clock and the ordering lock.
+ *
+ * A transaction has one head row a stream, written last; a large one has chunk
+ * rows before it.  Row format (columns of mmrepl.queue_N):
+ *	 ticket		head: the transaction's ticket; chunk: 0
+ *	 xid		top-level transaction id (64 bits), joins chunks to their head
+ *	 stream		mmrepl.stream.stream_id
+ *	 seq		chunk: segment number << 20 | slice number; head: 0
+ *	 changes	head: number of changes
+ *	 flags		kHead ...
+ *	 payload	head: (length:u32 segment)*, or with kChunked an encoded Place;
+ *				chunk: a slice of a segment
+ */
+#pragma once
+
+#include "mmrepl/change.hpp"
+#include "mmrepl/pg.hpp"
+#include "mmrepl/shmem.hpp"
+
+namespace mmrepl::queue
+{
+
+constexpr uint16 kHead = 1;
+constexpr uint16 kChunked = 2;	/* the segments stand in chunk rows */
+constexpr uint16 kPrepared = 4; /* of a prepared transaction: may become visible late */
+constexpr uint16 kInlined = 8;	/* was executed at the peer inline: replay under its marker */
+
+constexpr uint32 kRowPayload = 8000; /* bytes of payload in one row, at most */
+
+/* Where a transaction's chunk rows stand. */
+struct Place
+{
+	uint32 table; /* 0..2 */
+	BlockNumber low;
+	BlockNumber high; /* inclusive */
+	uint32 rows;
+	uint64 bytes; /* of all segments */
+};
+
+/* One stream's part of a committing transaction, as the queue sees it. */
+struct Outgoing
+{
+	int32 stream;
+	int slot; /* of shared memory; -1: none */
+	uint32 changes;
+	uint16 flags;
+	Place place;		   /* rows > 0: chunks were written */
+	StringInfoData payload; /* of the head row, made by PrepareHead */
+	uint64 entry;		   /* ring position of the entry + 1; 0: not in the ring */
+	uint32 counted_bytes;
+};
+
+/* ---- writing ---- */
+
+/* Make the clock trustworthy in this database; first call after a restart reads the queue. */
+void EnsureReady();
+
+/* Shared slot of a stream of this database, by a cache that registrations invalidate. */
+int SlotOf(int32 stream);
+
+/* Write closed segments of the list as chunk rows, free their bytes, mark them spilled. */
+void Spill(Outgoing *out, change::Segment *first, change::Segment *end);
+
+/* Build the head row's payload from the segments that are left (spilling if they do not fit). */
+void PrepareHead(Outgoing *out, change::Segment *first, MemoryContext context);
+
+/*
+ * Draw the transaction's ticket, publish it as in flight, reserve ring entries.
+ * After this nothing may wait.  `parts` is an array of pointers.
+ */
+uint64 DrawTicket(Outgoing **parts, int n_parts, bool use_ring);
+
+/* Insert the head row, then copy the payload into the reserved ring entry. */
+void WriteHead(Outgoing *out, uint64 ticket);
+
+enum class Fate
+{
+	Committed,
+	Delivered, /* committed here and at the peer */
+	Aborted,
+	Prepared
+};
+
+/* Settle one stream's part; no error possible. */
+void Settle(Outgoing *out, uint64 ticket, Fate fate);
+
+/* The ticket is no longer in flight; wake the workers of the parts. */
+void SettleTicket(Outgoing **parts, int n_parts);
+
+/* ---- reading ---- */
+
+/* A transaction waiting in the tables. */
+struct Ref
+{
+	uint64 ticket;
+	uint64 xid;
+	ItemPointerData tid;
+	uint16 flags;
+	uint32 table;
+	uint32 changes;
+	uint32 bytes;
+};
+
+/*
+ * The lowest ticket of the stream that is still in flight, or one more than the
+ * last ticket drawn.  Read this BEFORE taking the snapshot for Collect().
+ */
+uint64 ResolvedBelow(const shmem::Stream &stream, int slot);
+
+/*
+ * Up to `limit` of the stream's visible transactions with after < ticket <
+ * before, lowest first, and all prepared ones (any ticket) below `before`'s
+ * snapshot.  Result is palloc'd.  *complete tells that there were no more.
+ */
+Ref *Collect(int32 stream, uint64 after, uint64 before, int limit, int *count, bool *complete);
+
+/* Receives segments one after the other; the bytes live during the call. */
+using SegmentSink = void (*)(void *arg, const char *data, uint32 length);
+
+/* Call back with every segment of a transaction, in order. */
+void ReadSegments(const Ref &ref, int32 stream, SegmentSink sink, void *arg);
+
+/* A chunk row of a large transaction. */
+struct ChunkRef
+{
+	uint64 seq;
+	ItemPointerData tid;
+};
+
+/*
+ * Reads a chunked transaction piece by piece, over several local transactions:
+ * committed chunk rows stay where they are until their head is confirmed.
+ * Memory belongs to the context current at OpenCursor().
+ */
+struct Cursor
+{
+	Place place;
+	ChunkRef *chunks;
+	uint32 count;
+	uint32 next;
+};
+
+void OpenCursor(Cursor *cursor, const Place &place, int32 stream, uint64 xid);
+
+/* Pass on segments until max_bytes or more have been passed; true when there is more. */
+bool ReadSome(Cursor *cursor, uint64 max_bytes, SegmentSink sink, void *arg);
+
+/* Where the chunks of a chunked head stand. */
+Place PlaceOf(const Ref &ref);
+Place ReadPlace(const char *payload, uint32 length);
+
+/* Walk a head payload's segments. */
+void WalkPayload(const char *payload, uint32 length, SegmentSink sink, void *arg);
+
+/* Remove a delivered late transaction's, or a skipped one's, head row. */
+bool RemoveHead(const Ref &ref);
+
+/* Sum of what waits: transactions, changes, bytes with after < ticket <= upto. */
+void CountBacklog(int32 stream, uint64 after, uint64 upto, uint64 *transactions, uint64 *changes,
+				  uint64 *bytes, uint64 *oldest);
+
+/* ---- ring, consumer's side (the holder of the ordering lock) ---- */
+
+struct RingEntry
+{
+	uint64 ticket;
+	uint64 xid;
+	uint32 size; /* with header, multiple of 8 */
+	uint32 payload_length;
+	uint32 changes;
+	uint16 flags;
+	uint16 filler; /* 1: skip to the ring's start */
+	pg_atomic_uint32 state;
+	uint32 pad;
+};
+
+enum class EntryState : uint32
+{
+	Pending,
+	Committed,
+	Delivered,
+	Aborted
+};
+
+/* The oldest entry that has not been consumed, or NULL; settled or not. */
+const RingEntry *PeekRing(shmem::Stream &stream, int slot);
+const char *EntryPayload(const RingEntry *entry);
+EntryState StateOf(const RingEntry *entry);
+void ConsumeRing(shmem::Stream &stream, const RingEntry *entry);
+
+/* ---- positions ---- */
+
+/* All committed work of the stream up to the ticket is at the peer. */
+void Confirm(shmem::Stream &stream, uint64 ticket);
+/* Take delivered work off the backlog counters. */
+void Discount(shmem::Stream &stream, uint64 transactions, uint64 changes, uint64 bytes);
+
+/* Wait until confirmed >= ticket; false at the deadline. Interruptible. */
+bool WaitConfirmed(shmem::Stream &stream, uint64 ticket, TimestampTz deadline);
+/* The last ticket drawn for the stream. */
+uint64 LastTicket(const shmem::Stream &stream);
+
+/* ---- the ordering lock ---- */
+bool TakeOrderingLock(int32 stream, bool for_session, bool wait);
+void ReleaseOrderingLock(int32 stream);
+
+/* ---- upkeep, in a transaction of its own ---- */
+
+/* Take the next queue table when the active one is large; empty those all have passed. */
+void Rotate();
+
+/* SQL: mmrepl.queued_changes(). */
+Datum SqlQueuedChanges(FunctionCallInfo fcinfo);
+
+} // namespace mmrepl::queue

@@ -1,0 +1,202 @@
+/*
+ * shmem.hpp
+ *		Shared memory: its layout, and the only registrar of the shmem hooks.
+ *
+ * Everything here is plain data without pointers into one process (a Latch
+ * pointer names a PGPROC's latch, which is shared).  After a crash-restart all
+ * of it is built anew and empty: it is a cache and a meeting place, the truth
+ * is in the queue tables and at the peer.
+ *
+ * Locks, in the order in which they may be taken:
+ *	 registry LWLock	identity of streams and databases (rarely)
+ *	 clock spinlock		ticket clock, in-flight slots, ring reservation
+ *	 stream spinlock	a stream's control words and texts
+ * No spinlock section calls a function that can raise, wait or allocate.
+ */
+#pragma once
+
+#include "mmrepl/error.hpp"
+#include "mmrepl/guc.hpp"
+#include "mmrepl/pg.hpp"
+
+namespace mmrepl::shmem
+{
+
+constexpr int kMaxStreams = 64;	  /* the in-flight mask is one word */
+constexpr int kMaxDatabases = 64;
+constexpr int kQueueTables = 3;
+constexpr int kErrorLength = 1024;
+
+/* State of a stream's worker, as pg_stat_mmrepl shows it. */
+enum class WorkerState : int
+{
+	Starting,
+	Streaming,
+	CatchingUp,
+	Retrying,
+	Paused,
+	Blocked
+};
+
+/*
+ * A transaction's ticket from the moment it is drawn until the transaction has
+ * ended (for an inline transaction: also at the peer).  One slot a process.
+ */
+struct InFlight
+{
+	pg_atomic_uint64 ticket;  /* 0: none */
+	pg_atomic_uint64 streams; /* bit mask of stream slots */
+};
+
+/* Cumulative counters of a stream; atomics, so that nobody locks to count. */
+struct Counters
+{
+	pg_atomic_uint64 transactions_applied;
+	pg_atomic_uint64 changes_applied;
+	pg_atomic_uint64 bytes_sent;
+	pg_atomic_uint64 batches;
+	pg_atomic_uint64 retries;
+	pg_atomic_uint64 conflicts;
+	pg_atomic_uint64 sync_transactions;
+	pg_atomic_uint64 sync_failures;
+	pg_atomic_uint64 reset_at; /* TimestampTz */
+};
+
+struct Stream
+{
+	/* Identity; changed under the registry lock only. */
+	bool in_use;
+	Oid database;
+	int32 id; /* mmrepl.stream.stream_id */
+	Oid server;
+	Oid owner;
+	bool peer_known; /* peer_node is set (guarded by mutex) */
+	pg_uuid_t peer_node;
+
+	/* Order. last_ticket is guarded by the clock spinlock. */
+	uint64 last_ticket;			/* last ticket drawn for this stream */
+	pg_atomic_uint64 confirmed; /* all committed work with ticket <= this is at the peer */
+	pg_atomic_uint64 ring_gap;	/* tickets <= this may be missing in the ring */
+	pg_atomic_uint64 commit_lsn; /* end of the last commit record of captured work */
+
+	/* Ring: byte positions that only grow; modulo the ring's size is the place. */
+	pg_atomic_uint64 ring_head; /* moved by committers, under the clock spinlock */
+	pg_atomic_uint64 ring_tail; /* moved by the consumer */
+
+	/* Backlog. */
+	pg_atomic_uint64 queued_transactions;
+	pg_atomic_uint64 queued_changes;
+	pg_atomic_uint64 queued_bytes;
+	bool backlog_counted;			/* the tables' part is in the counts (worker only) */
+	pg_atomic_uint64 oldest_ticket; /* oldest unconfirmed committed ticket; 0: none */
+
+	/* Control, guarded by mutex. */
+	slock_t mutex;
+	Latch *worker_latch; /* NULL: no worker */
+	int worker_pid;
+	WorkerState state;
+	bool paused;
+	bool retry_now;
+	int handover_requests; /* others that want the ordering lock */
+	uint32 attention;	   /* bumped to make the worker re-read its configuration */
+	int consecutive_failures;
+	TimestampTz next_retry_at;
+	TimestampTz last_error_at;
+	TimestampTz last_apply_at;
+	int64 last_lag_us; /* commit here to confirmation, of the newest confirmed transaction */
+	uint64 blocked_ticket;
+	char last_error[kErrorLength];
+	char last_error_sqlstate[6];
+
+	Counters counters;
+	ConditionVariable confirmed_cv; /* broadcast when confirmed grows */
+};
+
+/* What is shared per database. */
+struct Database
+{
+	Oid oid; /* InvalidOid: free */
+	pg_atomic_uint32 ready;		   /* 1: clock and backlog were read from the queue tables */
+	pg_atomic_uint32 active_table; /* queue table that takes new rows */
+	pg_atomic_uint32 late_pending; /* COMMIT PREPARED of captured work under way */
+	pg_atomic_uint32 late_events;  /* grows with every COMMIT PREPARED */
+	pg_atomic_uint32 scout_wanted; /* 1: streams may have appeared; for the launcher */
+};
+
+struct State
+{
+	LWLock *registry;
+	LWLock *startup; /* held while a database's queue is read for the first time */
+	slock_t clock_mutex;
+	uint64 last_ticket; /* hybrid logical clock: microseconds since the Unix epoch, or more */
+	uint64 registrations; /* bumped, under clock_mutex, whenever a stream's slot is taken or freed */
+	pg_atomic_uint64 applied_ticket; /* highest ticket that apply() has seen */
+	Latch *launcher_latch;
+	int launcher_pid;
+	int n_slots; /* in-flight slots */
+	Database databases[kMaxDatabases];
+	Stream streams[kMaxStreams]; /* the first guc::max_servers are used */
+};
+
+/* Tickets count microseconds since the Unix epoch, timestamps since PostgreSQL's. */
+constexpr int64 kEpochShift =
+	(int64) (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * SECS_PER_DAY * USECS_PER_SEC;
+
+/* The wall clock as a ticket. */
+inline uint64
+ClockNow()
+{
+	return (uint64) (GetCurrentTimestamp() + kEpochShift);
+}
+
+/* The time at which a ticket was drawn. */
+inline TimestampTz
+TicketTime(uint64 ticket)
+{
+	return (TimestampTz) ticket - kEpochShift;
+}
+
+/*
+ * A further region of shared memory, for a room that keeps its own; call before
+ * Init().  The name must live for ever.
+ */
+void AddRegion(const char *name, Size (*size)(), void (*init)(bool found, void *where));
+
+/* Install the hooks; called from _PG_init while preloading. */
+void Init();
+
+/* Whether the library was preloaded and shared memory is there. */
+bool Ready();
+
+/* Raise the "not preloaded" error unless Ready(). */
+void RequireReady();
+
+State &Get();
+InFlight &SlotOf(int process_index);
+InFlight &MySlot();
+
+/* Start and size in bytes of the ring of streams[index]. */
+char *RingOf(int index);
+uint64 RingBytes();
+
+/*
+ * Find or take the slot of a stream; -1 when every slot is taken (then the
+ * queue tables still hold the work, but nobody delivers it until there is
+ * room).  A new slot starts with confirmed = the given ticket.
+ */
+int FindStream(Oid database, int32 id);
+int RegisterStream(Oid database, int32 id, Oid server, Oid owner, uint64 confirmed, bool paused);
+void UnregisterStream(int index);
+
+/* The database's block, taken if need be; raises when all are taken. */
+Database &DatabaseOf(Oid database);
+
+/* Ask the launcher to look for new streams of this process's database; no error, no lock wait. */
+void RequestScout();
+
+/* Wake processes; safe in any state, no error. */
+void WakeWorker(Stream &stream);
+void WakeLauncher();
+void WakeWorkersOf(Oid database);
+
+} // namespace mmrepl::shmem

@@ -1,0 +1,67 @@
+/*
+ * stats.hpp
+ *		Counters in shared memory and the set-returning functions that show them.
+ *
+ * The functions know shared memory only; the views of the install script join
+ * them with mmrepl.stream and mmrepl.pair.
+ */
+#pragma once
+
+#include "mmrepl/pg.hpp"
+#include "mmrepl/shmem.hpp"
+
+namespace mmrepl::stats
+{
+
+/* Whether a place in one of the tables of counters is taken. */
+enum class Place : uint32
+{
+	Free,
+	Taken,
+	Left /* was taken: free for a newcomer, but a search goes on behind it */
+};
+
+/* Counters of one pair, in shared memory. */
+struct PairCounters
+{
+	pg_atomic_uint32 place; /* Place */
+	Oid database;
+	int32 pair_id;
+	pg_atomic_uint64 inserts;
+	pg_atomic_uint64 updates;
+	pg_atomic_uint64 deletes;
+	pg_atomic_uint64 truncates;
+};
+
+/* Bytes of shared memory, and its set-up; called by the shmem room's hooks through these pointers. */
+Size SharedSize();
+void InitShared(bool found, void *where);
+
+/* The counters of a pair; NULL when the table is full (counting is then skipped). */
+PairCounters *ForPair(Oid database, int32 pair_id);
+void ForgetPair(Oid database, int32 pair_id);
+
+/* Set a stream's error fields (rate-limiting of the log is the worker's). */
+void SetError(shmem::Stream &stream, int sqlstate, const char *message);
+void SetState(shmem::Stream &stream, shmem::WorkerState state);
+const char *StateName(shmem::WorkerState state);
+
+/* Count a conflict found here while applying what came from the peer's node. */
+void CountConflict(const pg_uuid_t &origin, Oid relation);
+
+/* Whether the current user may see statistics / queued data of the pairs of a role. */
+bool MaySeeStatistics(Oid owner);
+bool MaySeeData(Oid owner);
+
+/*
+ * SQL: mmrepl.stat_streams(), mmrepl.stat_pairs(), mmrepl.stat_conflicts(),
+ * mmrepl.reset_counters(server, pair ids) for mmrepl.stat_reset(server), and
+ * mmrepl.may_see_statistics(owner).
+ */
+Datum StatStreams(FunctionCallInfo fcinfo);
+Datum StatPairs(FunctionCallInfo fcinfo);
+Datum StatConflicts(FunctionCallInfo fcinfo);
+Datum ResetCounters(FunctionCallInfo fcinfo);
+Datum SqlMaySeeStatistics(FunctionCallInfo fcinfo);
+
+} // namespace mmrepl::stats

@@ -1,0 +1,73 @@
+/*
+ * sync.hpp
+ *		Inline execution: a user transaction's change sets at a peer, inside the
+ *		user's transaction.
+ *
+ * One Work is one stream's part of the current transaction.  The remote
+ * transaction begins with the marker (our node, our xid); the same change set
+ * also goes to the local queue, so that whatever is in doubt after the local
+ * commit is completed by the worker ("outbox-backed last agent").  The room
+ * transaction drives it; no function here touches the queue or the fence.
+ */
+#pragma once
+
+#include "mmrepl/change.hpp"
+#include "mmrepl/connection.hpp"
+#include "mmrepl/pg.hpp"
+
+namespace mmrepl::sync
+{
+
+struct Work
+{
+	int32 stream;
+	Oid server;
+	Oid owner;
+	const char *server_name;
+	PGconn *conn;	   /* NULL until the first flush; the session's cached connection */
+	bool begun;		   /* a remote transaction is open, or was and is lost (broken) */
+	bool broken;	   /* the remote transaction cannot be used any more: commit must fail */
+	int remote_level;  /* nest level that the peer is at: 1 = no savepoint */
+	uint32 parts;	   /* batches sent so far */
+	int release_level; /* this savepoint and those above it are to be released; 0: none */
+	uint64 serial;	   /* the connection's, to notice that it was replaced */
+};
+
+/* palloc'd in TopTransactionContext. */
+Work *Start(int32 stream, Oid server, Oid owner, const char *server_name);
+
+/*
+ * Execute unsent segments at the peer and wait for its answer: connect, BEGIN
+ * (READ COMMITTED, with lock_timeout), marker and savepoints up to nest_level
+ * as needed, then one apply() of all segments in as few round trips as
+ * possible; marks the segments sent.  The peer's refusal is raised with its
+ * SQLSTATE and fields (55P03 from a lock wait becomes 40P01 with a hint to
+ * retry).  Returns false with *failure filled when the peer cannot be reached,
+ * its session ended or it did not answer in time (ERRCODE_MMREPL_SYNC_TIMEOUT).
+ * Then nothing of this transaction stands at the peer, and no segment of this
+ * call is marked sent.  When nothing stood there before the call either, the
+ * work is as new and the caller raises or queues; else what earlier calls sent
+ * is lost, the work is broken and the caller must raise.
+ * Bounded by mmrepl.sync_timeout; a cancel is answered at once, cancels at the
+ * peer too and leaves the cached connection clean or closed.
+ */
+bool Flush(Work *work, change::Segment *first, int64 changes, uint64 xid, int nest_level,
+		   connection::Failure *failure);
+
+/* Mirror the end of a subtransaction of nest_level. SubAbort raises nothing; it may set broken. */
+void SubCommit(Work *work, int nest_level);
+void SubAbort(Work *work, int nest_level);
+
+/*
+ * Everything the peer can still refuse is refused here (deferred constraints);
+ * raises as Flush does.  Afterwards only COMMIT is left.
+ */
+void BeforeCommit(Work *work);
+
+/* From the COMMIT callback: COMMIT at the peer, bounded, quiet. True when confirmed. */
+bool Commit(Work *work);
+
+/* From the ABORT callback: ROLLBACK at the peer or close the connection; quiet. */
+void Abort(Work *work);
+
+} // namespace mmrepl::sync

@@ -1,0 +1,59 @@
+/*
+ * transaction.hpp
+ *		What the current transaction has captured, and its way through commit.
+ *
+ * The only room that registers (sub)transaction callbacks.  Memory is
+ * TopTransactionContext's; all of it is forgotten at the end of the transaction.
+ */
+#pragma once
+
+#include "mmrepl/change.hpp"
+#include "mmrepl/pg.hpp"
+#include "mmrepl/stats.hpp"
+
+namespace mmrepl::transaction
+{
+
+/* Install callbacks and hooks; called from _PG_init. */
+void Init();
+
+/* Which stream a capture goes to, and how. */
+struct Route
+{
+	int32 stream;
+	Oid server;
+	Oid owner;
+	const char *server_name; /* lives as long as the capture cache's entry */
+	bool sync;
+	bool queue_when_unreachable;
+};
+
+struct Work; /* one stream's part of the current transaction */
+
+/*
+ * The stream's part of this transaction, begun if need be.  Raises
+ * ERRCODE_MMREPL_CAPTURED_TOO_LATE when the transaction's changes have already
+ * been given their place in the queue (another extension writes while it commits).
+ */
+Work *Use(const Route &route);
+
+/*
+ * A segment of the work with room for one more record, belonging to the
+ * current subtransaction as far as undoing is concerned.
+ */
+change::Segment *SegmentFor(Work *work);
+
+/* A record was appended: account for it, and spill what has grown too large. */
+void Appended(Work *work, change::Segment *segment);
+
+/* Count for a pair's statistics, added to the shared counters at commit. */
+void CountCapture(int32 pair_id, change::Kind kind);
+
+/* Wake the launcher (new or changed streams) / this database's workers after a commit. */
+void WakeLauncherAtCommit();
+void WakeWorkersAtCommit();
+
+/* Remember to wake a stream's worker when this transaction ends in any way (ordering lock). */
+void WakeStreamAtEnd(int stream_slot);
+
+} // namespace mmrepl::transaction

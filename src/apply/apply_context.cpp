@@ -1,0 +1,154 @@
+/*
+ * apply_context.cpp
+ *		What error messages say about the change that was being applied.
+ */
+#include "apply_internal.hpp"
+
+namespace mmrepl::apply
+{
+
+constexpr int kShownBytes = 64; /* of a text key */
+
+static const char *
+Operation(const change::Change *change)
+{
+	switch (change->kind)
+	{
+		case change::kInsert:
+			return "INSERT";
+		case change::kUpdate:
+			return "UPDATE";
+		case change::kDelete:
+			return "DELETE";
+		default:
+			return "TRUNCATE";
+	}
+}
+
+/*
+ * Append a key value that can be shown without calling a function or looking
+ * into a catalog (an error is being reported): integers and clean text.
+ */
+static void
+AppendValue(StringInfo out, const Header &header, const change::Column &column,
+			const change::Value &value)
+{
+	change::Reader in = {value.data, value.length, 0};
+
+	if (value.data == NULL)
+		appendStringInfoString(out, "null");
+	else if (column.binary && column.type == INT8OID && value.length == 8)
+		appendStringInfo(out, INT64_FORMAT, (int64) in.U64());
+	else if (column.binary && column.type == INT4OID && value.length == 4)
+		appendStringInfo(out, "%d", (int32) in.U32());
+	else if (column.binary && column.type == INT2OID && value.length == 2)
+		appendStringInfo(out, "%d", (int16) in.U16());
+	else if ((!column.binary || column.type == TEXTOID || column.type == VARCHAROID ||
+			  column.type == BPCHAROID) &&
+			 value.length <= kShownBytes && header.encoding == GetDatabaseEncoding() &&
+			 pg_verify_mbstr(header.encoding, value.data, (int) value.length, true))
+		appendBinaryStringInfo(out, value.data, (int) value.length);
+	else
+		appendStringInfoString(out, "...");
+}
+
+/* ", key (5, abc)": the values that find the row. */
+static void
+AppendKey(StringInfo out, const Session *session)
+{
+	const change::Change *change = session->change;
+	const change::Relation *relation = change->relation;
+	bool first = true;
+	int at = 0;
+
+	if (change->kind == change::kTruncate)
+		return;
+	appendStringInfoString(out, ", key (");
+	for (int i = 0; i < relation->n_columns; i++)
+	{
+		const change::Column &column = relation->columns[i];
+
+		if (!column.key)
+			continue;
+		if (!first)
+			appendStringInfoString(out, ", ");
+		first = false;
+		AppendValue(out, session->header, column, change->key ? change->key[at++] : change->row[i]);
+	}
+	appendStringInfoChar(out, ')');
+}
+
+static void
+FormatNode(const pg_uuid_t &node, char *out)
+{
+	for (int i = 0; i < UUID_LEN; i++)
+		out += sprintf(out, (i == 4 || i == 6 || i == 8 || i == 10) ? "-%02x" : "%02x",
+					   node.data[i]);
+}
+
+void
+AddContext(void *arg)
+{
+	const Session *session = (const Session *) arg;
+	char node[40];
+	StringInfoData what;
+
+	FormatNode(session->header.node, node);
+	if (session->schema == NULL)
+	{
+		errcontext("applying ticket %llu from node %s", (unsigned long long) session->ticket, node);
+		return;
+	}
+	initStringInfo(&what);
+	if (session->change != NULL)
+	{
+		appendStringInfo(&what, "%s, relation \"%s.%s\"", Operation(session->change),
+						 session->schema, session->table);
+		AppendKey(&what, session);
+	}
+	else
+		appendStringInfo(&what, "relation \"%s.%s\"", session->schema, session->table);
+	errcontext("applying ticket %llu (%s) from node %s", (unsigned long long) session->ticket,
+			   what.data, node);
+	pfree(what.data);
+}
+
+/* Whether the error is the violation of the index in which the key was not found. */
+static bool
+IsLostRace(const ErrorData *error, const Leaf *leaf)
+{
+	Relation rel = leaf->info->ri_RelationDesc;
+
+	return error->constraint_name != NULL && error->table_name != NULL &&
+		   error->schema_name != NULL && leaf->schema != NULL &&
+		   strcmp(error->constraint_name, RelationGetRelationName(leaf->index)) == 0 &&
+		   strcmp(error->table_name, RelationGetRelationName(rel)) == 0 &&
+		   strcmp(error->schema_name, leaf->schema) == 0;
+}
+
+/*
+ * The key was not there when we looked, and then it was: somebody inserted it
+ * in between.  A retry finds the row and treats it as the conflict that it is.
+ */
+void
+ExplainLostRace(const Session *session)
+{
+	if (session->inserting == NULL || geterrcode() != ERRCODE_UNIQUE_VIOLATION)
+		return;
+	MemoryContext old = MemoryContextSwitchTo(session->context);
+	ErrorData *error = CopyErrorData();
+
+	if (!IsLostRace(error, session->inserting))
+	{
+		MemoryContextSwitchTo(old);
+		return;
+	}
+	FlushErrorState();
+	ereport(ERROR,
+			(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+			 errmsg("could not serialize replicated insert due to a concurrent insert of its key"),
+			 error->detail ? errdetail_internal("%s", error->detail) : 0,
+			 error->context ? errcontext_msg("%s", error->context) : 0));
+}
+
+} // namespace mmrepl::apply

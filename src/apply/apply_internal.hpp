@@ -1,0 +1,268 @@
+/*
+ * apply_internal.hpp
+ *		What the files of the room apply share.
+ *
+ *	 apply.cpp			the call: header, transactions, parts, the SQL functions
+ *	 apply_context.cpp	what error messages add, and the one error that is changed
+ *	 apply_progress.cpp	watermark rows and markers
+ *	 apply_target.cpp	a table that is written, opened once a batch
+ *	 apply_value.cpp	from a change's bytes to datums
+ *	 apply_find.cpp		the row that a key names, locked
+ *	 apply_write.cpp	insert, update, delete and their conflicts
+ *	 apply_truncate.cpp	truncate
+ */
+#pragma once
+
+#include "mmrepl/apply.hpp"
+#include "mmrepl/batch.hpp"
+#include "mmrepl/catalog.hpp"
+#include "mmrepl/change.hpp"
+#include "mmrepl/conflict.hpp"
+#include "mmrepl/error.hpp"
+#include "mmrepl/origin.hpp"
+#include "mmrepl/stats.hpp"
+
+namespace mmrepl::apply
+{
+
+/* Tickets and transaction ids are stored as bigint, with room to grow. */
+constexpr uint64 kMaxNumber = UINT64CONST(1) << 62;
+
+/* The head of a batch (batch.hpp). */
+struct Header
+{
+	uint8 flags;
+	int encoding; /* of the sender's database */
+	pg_uuid_t node;
+	int32 stream;
+	uint64 clock;
+	uint64 previous;
+	uint64 last;
+	uint64 sweep_xid;
+	uint32 part;
+
+	bool Inline() const
+	{
+		return (flags & batch::kInline) != 0;
+	}
+	bool More() const
+	{
+		return (flags & batch::kMore) != 0;
+	}
+};
+
+/* How a column's bytes become a datum of the local column. */
+enum class Form : char
+{
+	Ignore, /* generated here */
+	Bool,
+	Int16,
+	Int32,
+	Int64,
+	Uuid,
+	Bytea,
+	Text,	 /* bytes are text, the local type takes any text */
+	Input,	 /* bytes are text, for the local type's input function */
+	Receive, /* binary of the local type */
+	Convert	 /* binary of another type: over its text */
+};
+
+/* A column of the change and its local counterpart. */
+struct Field
+{
+	AttrNumber attnum;
+	Form form;
+	bool domain; /* NULL has to be looked at, too */
+	Oid ioparam;
+	int32 typmod;
+	FmgrInfo function; /* receive or input */
+};
+
+/*
+ * A table that holds rows: the target itself, or one of its partitions.
+ * Attribute numbers and slots are in its own layout unless they say "root".
+ */
+struct Leaf
+{
+	Leaf *next;
+	ResultRelInfo *info;
+	const char *schema;
+	bool fires; /* has row triggers that fire in replica role and are not ours */
+	bool queues; /* those, or rechecks of deferrable constraints */
+	AttrMap *to_leaf; /* NULL: the layouts are equal */
+	AttrMap *to_root;
+	TupleTableSlot *converted;	/* a root row in this layout */
+	TupleTableSlot *found;		/* the existing row, locked */
+	TupleTableSlot *found_root; /* ... in the root's layout */
+	Relation index;				/* over exactly the key columns, unique */
+	int n_keys;
+	ScanKeyData *keys;
+	AttrNumber *key_attnums; /* in the index' order */
+	SnapshotData dirty;
+	IndexScanDesc scan;
+};
+
+/* A relation of the change set at this node, open for the rest of the batch. */
+struct Target
+{
+	Target *next;
+	const char *raw; /* the definition it was made from */
+	uint32 raw_length;
+	const char *schema; /* in this database's encoding */
+	const char *table;
+	Relation rel;
+	Oid owner;
+	bool trusted; /* the owner may act as the caller anyway */
+	bool fires;	  /* a leaf does */
+	AclMode checked; /* privileges that the caller has proved */
+	change::Conflict rule;
+	EState *estate;
+	EPQState epq;
+	ResultRelInfo *info;
+	Leaf *leaves; /* last used first */
+	ModifyTableState *mtstate; /* partitioned only */
+	PartitionTupleRouting *proute;
+	int n_fields;
+	Field *fields;		  /* as the change's columns */
+	int n_keys;
+	AttrNumber *key_attnums; /* root layout, as the change's key columns */
+	TupleTableSlot *row;	 /* the incoming row */
+	TupleTableSlot *search;	 /* its key, or the old one */
+	TupleTableSlot *merged;	 /* the existing row with what came in */
+	int n_defaults;
+	AttrNumber *default_attnums;
+	ExprState **defaults;
+	bool volatile_defaults;
+};
+
+/* Which definition of the current segment belongs to which target. */
+struct Binding
+{
+	const change::Relation *relation;
+	Target *target;
+};
+
+/* One call of apply(). */
+struct Session
+{
+	Header header;
+	change::Reader reader;
+	Oid caller;
+	int caller_sec_context;
+	MemoryContext context; /* lives as long as the call */
+	MemoryContext segment_context;
+	int guc_level;
+	bool text_format; /* change::BeginTextFormat() was called */
+	bool began;		  /* origin::Enter() was called */
+	int nest_level;
+	Target *targets;
+	Binding bindings[change::kSegmentRelations + 1];
+	int n_bindings;
+	List *truncated; /* relations of TRUNCATE records that wait to be done together */
+	int64 conflicts;
+	StringInfoData scratch; /* a value's bytes, for receive functions */
+
+	/* For messages. */
+	uint64 ticket;
+	const change::Change *change;
+	const char *schema; /* of the table being written; NULL: none yet */
+	const char *table;
+	Leaf *inserting; /* the key was looked up there and not found */
+};
+
+/* ---- apply.cpp ---- */
+
+/* Raise ERRCODE_MMREPL_BAD_BATCH. */
+pg_attribute_noreturn() void Malformed(const char *detail);
+
+/* Make what was written visible to what follows. */
+void NextCommand();
+
+/*
+ * The caller's rights become those of the role that owns the table, and back.
+ * Code of an owner who is not trusted cannot leave anything behind.
+ */
+bool IsTrusted(const Session *session, Oid owner);
+void BecomeOwner(const Session *session, Oid owner, bool trusted);
+void BecomeCaller(const Session *session);
+
+/* ---- apply_context.cpp ---- */
+
+/* Error context callback; arg is the Session. */
+void AddContext(void *arg);
+/* From an error handler: raise 40001 instead of a unique violation that a race caused. */
+void ExplainLostRace(const Session *session);
+
+/* ---- apply_progress.cpp ---- */
+
+/* A stream's row of mmrepl.progress, locked. */
+struct Progress
+{
+	Relation rel;
+	TupleTableSlot *slot;
+	uint64 watermark;
+	int64 conflicts;
+};
+
+/* Open and read the row, made when missing; Lock...: also lock it, and wait for whoever did. */
+void ReadProgress(Progress *progress, const pg_uuid_t &node, int32 stream);
+void LockProgress(Progress *progress, const pg_uuid_t &node, int32 stream);
+void SaveProgress(Progress *progress, uint64 watermark, int64 more_conflicts);
+void CloseProgress(Progress *progress);
+
+/* False when the transaction has a marker already; waits for one that is uncommitted. */
+bool InsertMarker(const pg_uuid_t &node, uint64 xid);
+/* Whether this very transaction inserted the marker. */
+bool HasOwnMarker(const pg_uuid_t &node, uint64 xid);
+void SweepMarkers(const pg_uuid_t &node, uint64 below_xid);
+
+/* ---- apply_target.cpp ---- */
+
+/* The relation of that name, locked, writable by apply() at all; raises otherwise. */
+Relation OpenRelation(const Session *session, const char *schema, const char *table,
+					  LOCKMODE lockmode);
+/* Raise unless the caller holds the privilege and no row security applies to it. */
+void CheckPrivilege(const Session *session, Relation rel, AclMode mode);
+Target *TargetOf(Session *session, const change::Relation *relation);
+void CloseTargets(Session *session);
+/* The leaf that holds, or would hold, the row (root layout). */
+Leaf *Route(Target *target, TupleTableSlot *row);
+/* The row in the leaf's layout. */
+TupleTableSlot *ToLeaf(Leaf *leaf, TupleTableSlot *row);
+/* The leaf's existing row in the root's layout. */
+TupleTableSlot *FoundInRoot(Leaf *leaf);
+
+/* ---- apply_value.cpp ---- */
+
+/* A name or other text of the sender in this database's encoding, checked. */
+char *ToServer(const Session *session, const char *bytes, uint32 length);
+void InitField(Session *session, Field *field, const change::Column *column,
+			   Form_pg_attribute attribute);
+/* Fill target->row from the change's row: all fields, defaults for the rest. */
+void ReadRow(Session *session, Target *target, const change::Change *change);
+void FillDefaults(Target *target);
+/* Fill target->search from the change's key, or from the key columns of target->row. */
+void ReadKey(Session *session, Target *target, const change::Change *change);
+void KeyOfRow(Target *target);
+
+/* ---- apply_find.cpp ---- */
+
+/* The best unique index over exactly these columns, or InvalidOid. */
+Oid ChooseKeyIndex(Relation rel, const AttrNumber *attnums, int count);
+void InitSearch(Leaf *leaf, Oid index);
+/* Find the row with the key of `search` (leaf layout) into leaf->found and lock it. */
+bool FindRow(Leaf *leaf, TupleTableSlot *search, LockTupleMode mode);
+/* "(id)=(5)", or NULL when it may not be shown. */
+char *DescribeKey(Leaf *leaf, TupleTableSlot *row);
+
+/* ---- apply_write.cpp ---- */
+
+void ApplyRowChange(Session *session, const change::Change *change);
+
+/* ---- apply_truncate.cpp ---- */
+
+/* Remember a TRUNCATE; done by FlushTruncates() together with its neighbours. */
+void AddTruncate(Session *session, const change::Relation *relation);
+void FlushTruncates(Session *session);
+
+} // namespace mmrepl::apply

@@ -1,0 +1,348 @@
+/*
+ * apply_write.cpp
+ *		INSERT, UPDATE and DELETE of one row, and what is done when the row is not
+ *		as the change expects it.
+ */
+#include "apply_internal.hpp"
+
+namespace mmrepl::apply
+{
+
+using conflict::Action;
+using conflict::Type;
+
+/* ---- conflicts ---- */
+
+static const char *
+ActionText(Action action)
+{
+	switch (action)
+	{
+		case Action::Apply:
+			return "The remote row replaces the local one.";
+		case Action::Insert:
+			return "The remote row is inserted.";
+		case Action::Skip:
+			return "The remote change is skipped.";
+		default:
+			return "";
+	}
+}
+
+/*
+ * The change is refused.  An INSERT is refused with the error that the table
+ * would have raised itself, so that the sender's user knows it.
+ */
+pg_attribute_noreturn() static void
+Refuse(const Target *target, Leaf *leaf, Type type, const char *key)
+{
+	if (type == Type::InsertExists)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNIQUE_VIOLATION),
+				 errmsg("duplicate key value violates unique constraint \"%s\"",
+						RelationGetRelationName(leaf->index)),
+				 key ? errdetail("Key %s already exists.", key) : 0,
+				 errtableconstraint(leaf->info->ri_RelationDesc,
+									RelationGetRelationName(leaf->index))));
+	ereport(ERROR,
+			(errcode(ERRCODE_MMREPL_CONFLICT),
+			 errmsg("conflict detected on relation \"%s.%s\": conflict=%s", target->schema,
+					target->table, conflict::Name(type)),
+			 key ? errdetail("Key %s is not present.", key) : 0,
+			 errhint("Repair the row here, then call mmrepl.retry_now() or mmrepl.skip() at the "
+					 "sending node.")));
+}
+
+/*
+ * Decide about a conflict, count it and say so; raises when the pair's rule is
+ * 'error'.  `row` has the key, in the leaf's layout.
+ */
+static Action
+Resolve(Session *session, Target *target, Leaf *leaf, Type type, TupleTableSlot *row)
+{
+	bool row_known = type != Type::DeleteMissing;
+	Action action = conflict::Decide(type, target->rule, row_known);
+
+	session->conflicts++;
+	stats::CountConflict(session->header.node, RelationGetRelid(target->rel));
+	if (action == Action::Error)
+		Refuse(target, leaf, type, DescribeKey(leaf, row));
+	if (guc::log_conflicts)
+	{
+		char *key = DescribeKey(leaf, row);
+
+		ereport(LOG, (errmsg("conflict detected on relation \"%s.%s\": conflict=%s", target->schema,
+							 target->table, conflict::Name(type)),
+					  errdetail_log("%s%s%s%s", key ? "Key " : "", key ? key : "",
+									key ? ". " : "", ActionText(action))));
+	}
+	return action;
+}
+
+/* ---- rights ---- */
+
+/* Checked at the first change that needs it. */
+static void
+CheckOnce(const Session *session, Target *target, AclMode mode)
+{
+	if ((target->checked & mode) == mode)
+		return;
+	CheckPrivilege(session, target->rel, mode);
+	target->checked |= mode;
+}
+
+/* ---- writing ---- */
+
+/* Commands come and go while we look for rows; what is written belongs to the current one. */
+static void
+StampCommand(Target *target)
+{
+	target->estate->es_output_cid = GetCurrentCommandId(true);
+}
+
+/*
+ * Insert where no row with this key was seen.  (A trigger may change the key:
+ * then a violation says nothing about a race.)
+ */
+static void
+InsertNew(Session *session, Target *target, Leaf *leaf, TupleTableSlot *row)
+{
+	StampCommand(target);
+	if (!leaf->fires)
+		session->inserting = leaf;
+	ExecSimpleRelationInsert(leaf->info, target->estate, row);
+	session->inserting = NULL;
+}
+
+static void
+DeleteFound(Target *target, Leaf *leaf)
+{
+	StampCommand(target);
+	EvalPlanQualSetSlot(&target->epq, leaf->found);
+	ExecSimpleRelationDelete(leaf->info, target->estate, &target->epq, leaf->found);
+}
+
+/*
+ * Whether a stored value equals the incoming one; asked for values that live in
+ * the TOAST table, which need not be written again then.
+ */
+static bool
+IsSameToasted(Datum stored, Datum incoming)
+{
+	struct varlena *old_value = (struct varlena *) DatumGetPointer(stored);
+	struct varlena *new_value = (struct varlena *) DatumGetPointer(incoming);
+
+	if (!VARATT_IS_EXTERNAL_ONDISK(old_value) || VARATT_IS_EXTENDED(new_value) ||
+		toast_raw_datum_size(stored) != VARSIZE(new_value))
+		return false;
+	struct varlena *plain = PG_DETOAST_DATUM(stored);
+	bool same = memcmp(VARDATA(plain), VARDATA(new_value), VARSIZE(plain) - VARHDRSZ) == 0;
+
+	pfree(plain);
+	return same;
+}
+
+/* The existing row with the columns that came in laid over it, into target->merged (root layout). */
+static void
+Merge(Target *target, Leaf *leaf)
+{
+	TupleDesc desc = RelationGetDescr(target->rel);
+	TupleTableSlot *old_row = FoundInRoot(leaf);
+	TupleTableSlot *merged = target->merged;
+	TupleTableSlot *incoming = target->row;
+
+	slot_getallattrs(old_row);
+	ExecClearTuple(merged);
+	memcpy(merged->tts_values, old_row->tts_values, sizeof(Datum) * desc->natts);
+	memcpy(merged->tts_isnull, old_row->tts_isnull, sizeof(bool) * desc->natts);
+	for (int i = 0; i < target->n_fields; i++)
+	{
+		int at = target->fields[i].attnum - 1;
+
+		if (target->fields[i].form == Form::Ignore ||
+			(TupleDescAttr(desc, at)->attlen == -1 && !merged->tts_isnull[at] &&
+			 !incoming->tts_isnull[at] &&
+			 IsSameToasted(merged->tts_values[at], incoming->tts_values[at])))
+			continue;
+		merged->tts_values[at] = incoming->tts_values[at];
+		merged->tts_isnull[at] = incoming->tts_isnull[at];
+	}
+	ExecStoreVirtualTuple(merged);
+}
+
+/* The row leaves its partition: delete there, insert where it belongs now. */
+static void
+Move(Target *target, Leaf *from)
+{
+	ExecMaterializeSlot(target->merged);
+	slot_getallattrs(target->merged);
+	DeleteFound(target, from);
+	Leaf *to = Route(target, target->merged);
+
+	StampCommand(target);
+	ExecSimpleRelationInsert(to->info, target->estate, ToLeaf(to, target->merged));
+}
+
+/* Write the incoming columns over the row in leaf->found, which is locked. */
+static void
+UpdateFound(Target *target, Leaf *leaf)
+{
+	Merge(target, leaf);
+	TupleTableSlot *row = ToLeaf(leaf, target->merged);
+
+	if (target->proute && !ExecPartitionCheck(leaf->info, row, target->estate, false))
+	{
+		Move(target, leaf);
+		return;
+	}
+	StampCommand(target);
+	EvalPlanQualSetSlot(&target->epq, row);
+	ExecSimpleRelationUpdate(leaf->info, target->estate, &target->epq, leaf->found, row);
+}
+
+/* ---- changes ---- */
+
+/* Insert target->row; a row with its key may be there. */
+static void
+InsertRow(Session *session, Target *target)
+{
+	FillDefaults(target);
+	Leaf *leaf = Route(target, target->row);
+	TupleTableSlot *row = ToLeaf(leaf, target->row);
+
+	if (!FindRow(leaf, row, LockTupleNoKeyExclusive))
+	{
+		InsertNew(session, target, leaf, row);
+		return;
+	}
+	if (Resolve(session, target, leaf, Type::InsertExists, row) == Action::Apply)
+	{
+		CheckOnce(session, target, ACL_UPDATE);
+		UpdateFound(target, leaf);
+	}
+}
+
+static void
+Update(Session *session, Target *target, const change::Change *change)
+{
+	ReadRow(session, target, change);
+	if (change->has_old_key)
+		ReadKey(session, target, change);
+	else
+		KeyOfRow(target);
+	Leaf *leaf = Route(target, target->search);
+	TupleTableSlot *search = ToLeaf(leaf, target->search);
+
+	if (FindRow(leaf, search,
+				change->has_old_key ? LockTupleExclusive : LockTupleNoKeyExclusive))
+		UpdateFound(target, leaf);
+	else if (Resolve(session, target, leaf, Type::UpdateMissing, search) == Action::Insert)
+	{
+		CheckOnce(session, target, ACL_INSERT);
+		InsertRow(session, target);
+	}
+}
+
+static void
+Delete(Session *session, Target *target, const change::Change *change)
+{
+	ReadKey(session, target, change);
+	Leaf *leaf = Route(target, target->search);
+	TupleTableSlot *search = ToLeaf(leaf, target->search);
+
+	if (FindRow(leaf, search, LockTupleExclusive))
+		DeleteFound(target, leaf);
+	else
+		Resolve(session, target, leaf, Type::DeleteMissing, search);
+}
+
+/* ---- one change ---- */
+
+static AclMode
+NeededPrivilege(change::Kind kind)
+{
+	switch (kind)
+	{
+		case change::kInsert:
+			return ACL_INSERT;
+		case change::kUpdate:
+			return ACL_UPDATE;
+		default:
+			return ACL_DELETE;
+	}
+}
+
+/* Whether row triggers have to be collected: known for tables, not for partitions to come. */
+static bool
+MayQueueTriggers(const Target *target)
+{
+	return target->proute != NULL || target->leaves->queues;
+}
+
+/* Whether anything of ours may look at what the change wrote. */
+static bool
+IsObserved(const Target *target)
+{
+	return target->volatile_defaults || target->fires;
+}
+
+static void
+Dispatch(Session *session, Target *target, const change::Change *change)
+{
+	switch (change->kind)
+	{
+		case change::kInsert:
+			ReadRow(session, target, change);
+			InsertRow(session, target);
+			break;
+		case change::kUpdate:
+			Update(session, target, change);
+			break;
+		default:
+			Delete(session, target, change);
+			break;
+	}
+}
+
+/*
+ * Triggers are the owner's code and run with the owner's rights.  Where there
+ * are but rechecks of constraints, those are handed on to the transaction's end,
+ * which a restricted role could not do.
+ */
+static void
+DispatchWithTriggers(Session *session, Target *target, const change::Change *change)
+{
+	AfterTriggerBeginQuery();
+	Dispatch(session, target, change);
+	if (!target->fires)
+		BecomeCaller(session);
+	AfterTriggerEndQuery(target->estate);
+}
+
+/*
+ * Rights are the caller's to ask and the owner's to use.  Commands are counted
+ * only where something could see the difference; rows that are touched twice
+ * are noticed when they are found (LockFound).
+ */
+void
+ApplyRowChange(Session *session, const change::Change *change)
+{
+	Target *target = TargetOf(session, change->relation);
+
+	session->schema = target->schema;
+	session->table = target->table;
+	CheckOnce(session, target, NeededPrivilege(change->kind));
+	ResetPerTupleExprContext(target->estate);
+	BecomeOwner(session, target->owner, target->trusted);
+	InContext(GetPerTupleMemoryContext(target->estate), [&] {
+		if (MayQueueTriggers(target))
+			DispatchWithTriggers(session, target, change);
+		else
+			Dispatch(session, target, change);
+	});
+	BecomeCaller(session);
+	if (IsObserved(target))
+		NextCommand();
+}
+
+} // namespace mmrepl::apply

@@ -1,0 +1,247 @@
+/*
+ * capture.cpp
+ *		The trigger function mmrepl.replicate().
+ *
+ * Nothing here runs SQL or reads a catalog when the table is cached: a row event
+ * costs the encoding of its values into the transaction's buffer.
+ */
+#include "capture_internal.hpp"
+#include "mmrepl/origin.hpp"
+#include "mmrepl/shmem.hpp"
+
+namespace mmrepl::capture
+{
+
+void
+Init()
+{
+	InitCache();
+}
+
+/* Refuse calls that are not an AFTER trigger's. */
+static TriggerData *
+CheckCall(FunctionCallInfo fcinfo)
+{
+	if (!CALLED_AS_TRIGGER(fcinfo))
+		ereport(ERROR, (errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+						errmsg("mmrepl.replicate() was not called by a trigger")));
+
+	TriggerData *data = (TriggerData *) fcinfo->context;
+	bool truncate = TRIGGER_FIRED_BY_TRUNCATE(data->tg_event);
+
+	if (!TRIGGER_FIRED_AFTER(data->tg_event) ||
+		TRIGGER_FIRED_FOR_ROW(data->tg_event) == truncate)
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("mmrepl.replicate() must be fired AFTER INSERT OR UPDATE OR DELETE FOR "
+						"EACH ROW, or AFTER TRUNCATE FOR EACH STATEMENT"),
+				 errhint("Let mmrepl.create_pair() create the triggers.")));
+	return data;
+}
+
+/* Whether this session's writes are not to be captured by the trigger. */
+static bool
+SkipsSession(const CapturedTable *table)
+{
+	return table->skip_application != NULL && table->skip_application[0] != '\0' &&
+		   application_name != NULL && strcmp(table->skip_application, application_name) == 0;
+}
+
+/* The route of this transaction: mmrepl.mode overrides the pair. */
+static transaction::Route
+RouteOf(const Target *target)
+{
+	transaction::Route route = target->route;
+
+	if (guc::mode != guc::Mode::Pair)
+		route.sync = guc::mode == guc::Mode::Sync;
+	return route;
+}
+
+static bool
+Passes(CapturedTable *table, Target *target, TupleTableSlot *row)
+{
+	bool isnull;
+
+	if (target->filter == NULL)
+		return true;
+	table->econtext->ecxt_scantuple = row;
+	Datum result = ExecEvalExprSwitchContext(target->filter, table->econtext, &isnull);
+	bool passes = !isnull && DatumGetBool(result);
+
+	ResetExprContext(table->econtext);
+	return passes;
+}
+
+/* Whether none of the pair's columns has another value. */
+static bool
+TouchesNothing(const Target *target, TupleTableSlot *old_row, TupleTableSlot *new_row)
+{
+	TupleDesc desc = new_row->tts_tupleDescriptor;
+
+	slot_getallattrs(old_row);
+	slot_getallattrs(new_row);
+	for (int i = 0; i < target->encoder->n_columns; i++)
+	{
+		int at = target->encoder->columns[i].attnum - 1;
+		Form_pg_attribute attribute = TupleDescAttr(desc, at);
+
+		if (old_row->tts_isnull[at] != new_row->tts_isnull[at])
+			return false;
+		if (!old_row->tts_isnull[at] &&
+			!datum_image_eq(old_row->tts_values[at], new_row->tts_values[at],
+							attribute->attbyval, attribute->attlen))
+			return false;
+	}
+	return true;
+}
+
+/*
+ * What the event is for this target: an update that leaves its filter is a
+ * delete, one that enters it an insert.  False: nothing for this target.
+ */
+static bool
+KindFor(CapturedTable *table, Target *target, TupleTableSlot *old_row, TupleTableSlot *new_row,
+		change::Kind *kind)
+{
+	bool was = old_row != NULL && Passes(table, target, old_row);
+	bool is = new_row != NULL && Passes(table, target, new_row);
+
+	if (!was && !is)
+		return false;
+	*kind = !was ? change::kInsert : !is ? change::kDelete : change::kUpdate;
+	return *kind != change::kUpdate || !target->subset ||
+		   !TouchesNothing(target, old_row, new_row);
+}
+
+/* Append one record to the target's part of the transaction. */
+static void
+Append(Target *target, change::Kind kind, TupleTableSlot *old_row, TupleTableSlot *new_row)
+{
+	transaction::Work *work = transaction::Use(RouteOf(target));
+	change::Segment *segment = transaction::SegmentFor(work);
+
+	switch (kind)
+	{
+		case change::kInsert:
+			change::AppendInsert(segment, target->encoder, new_row);
+			break;
+		case change::kUpdate:
+			change::AppendUpdate(segment, target->encoder, old_row, new_row);
+			break;
+		case change::kDelete:
+			change::AppendDelete(segment, target->encoder, old_row);
+			break;
+		default:
+			change::AppendTruncate(segment, target->encoder);
+			break;
+	}
+	transaction::Appended(work, segment);
+	transaction::CountCapture(target->pair_id, kind);
+}
+
+static void
+CaptureRow(CapturedTable *table, Target *target, TupleTableSlot *old_row, TupleTableSlot *new_row)
+{
+	change::Kind kind;
+
+	if (!KindFor(table, target, old_row, new_row, &kind))
+		return;
+	if (!target->encoder->needs_text_format)
+	{
+		Append(target, kind, old_row, new_row);
+		return;
+	}
+	int nest_level = change::BeginTextFormat();
+
+	Append(target, kind, old_row, new_row);
+	change::EndTextFormat(nest_level);
+}
+
+static void
+CaptureEvent(CapturedTable *table, TriggerData *data)
+{
+	TupleTableSlot *old_row = NULL;
+	TupleTableSlot *new_row = NULL;
+
+	if (TRIGGER_FIRED_BY_INSERT(data->tg_event))
+		new_row = data->tg_trigslot;
+	else
+		old_row = data->tg_trigslot;
+	if (TRIGGER_FIRED_BY_UPDATE(data->tg_event))
+		new_row = data->tg_newslot;
+	for (int i = 0; i < table->n_targets; i++)
+	{
+		Target *target = &table->targets[i];
+
+		if (TRIGGER_FIRED_BY_TRUNCATE(data->tg_event))
+			Append(target, change::kTruncate, NULL, NULL);
+		else
+			CaptureRow(table, target, old_row, new_row);
+	}
+}
+
+Datum
+SqlReplicate(FunctionCallInfo fcinfo)
+{
+	TriggerData *data = CheckCall(fcinfo);
+
+	shmem::RequireReady();
+	if (!guc::capture || origin::Applying())
+		PG_RETURN_POINTER(NULL);
+
+	CapturedTable *table = LookUp(data->tg_relation, data->tg_trigger);
+
+	if (table->n_targets > 0 && !SkipsSession(table))
+		CaptureEvent(table, data);
+	PG_RETURN_POINTER(NULL);
+}
+
+/* ---- initial copy ---- */
+
+/* Capture the rows of one table that holds rows. */
+static void
+CopyRows(Relation rel, int32 pair_id)
+{
+	CapturedTable *table = LookUp(rel, NULL);
+	TupleTableSlot *slot = table_slot_create(rel, NULL);
+	TableScanDesc scan = table_beginscan(rel, GetActiveSnapshot(), 0, NULL);
+	MemoryContext per_row =
+		AllocSetContextCreate(CurrentMemoryContext, "mmrepl copied row", ALLOCSET_DEFAULT_SIZES);
+
+	while (table_scan_getnextslot(scan, ForwardScanDirection, slot))
+	{
+		CHECK_FOR_INTERRUPTS();
+		InContext(per_row, [&] {
+			for (int i = 0; i < table->n_targets; i++)
+				if (table->targets[i].pair_id == pair_id)
+					CaptureRow(table, &table->targets[i], NULL, slot);
+		});
+		MemoryContextReset(per_row);
+	}
+	MemoryContextDelete(per_row);
+	table_endscan(scan);
+	ExecDropSingleTupleTableSlot(slot);
+}
+
+void
+CopyTable(Oid table, int32 pair_id)
+{
+	List *relations = find_all_inheritors(table, ShareRowExclusiveLock, NULL);
+	ListCell *cell;
+
+	PushActiveSnapshot(GetLatestSnapshot());
+	foreach (cell, relations)
+	{
+		Relation rel = table_open(lfirst_oid(cell), NoLock);
+
+		/* Children by plain inheritance are tables of their own. */
+		if (RELKIND_HAS_STORAGE(rel->rd_rel->relkind) &&
+			(RelationGetRelid(rel) == table || rel->rd_rel->relispartition))
+			CopyRows(rel, pair_id);
+		table_close(rel, NoLock);
+	}
+	PopActiveSnapshot();
+}
+
+} // namespace mmrepl::capture

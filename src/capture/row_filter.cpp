@@ -1,0 +1,241 @@
+/*
+ * row_filter.cpp
+ *		A pair's row filter: from the text that a user wrote to an expression.
+ *
+ * A filter is stored deparsed, with every name qualified that is not in
+ * pg_catalog, and is read under a fixed search_path.  So it means the same in
+ * every session, whatever search_path the writer has.
+ */
+#include "mmrepl/capture.hpp"
+
+namespace mmrepl::capture
+{
+
+namespace
+{
+
+/* Where an error in a filter is, for the error context. */
+struct Source
+{
+	const char *filter;
+	const char *table;
+};
+
+/* Moves an error's cursor from the user's query into the filter's text. */
+void
+DescribeSource(void *arg)
+{
+	const Source *source = static_cast<const Source *>(arg);
+	int position = geterrposition();
+
+	if (position > 0)
+	{
+		errposition(0);
+		internalerrposition(position);
+		internalerrquery(source->filter);
+	}
+	errcontext("row_filter of table \"%s\"", source->table);
+}
+
+/* The search_path under which stored filters are written and read; returns the nest level. */
+int
+BeginFixedSearchPath()
+{
+	int nest_level = NewGUCNestLevel();
+
+	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_SAVE, true, 0, false);
+	return nest_level;
+}
+
+/* Whether the statement is nothing but one expression without a name. */
+bool
+IsOneExpression(const SelectStmt *select)
+{
+	if (select->distinctClause != NIL || select->intoClause != NULL || select->fromClause != NIL ||
+		select->whereClause != NULL || select->groupClause != NIL || select->havingClause != NULL ||
+		select->windowClause != NIL || select->valuesLists != NIL || select->sortClause != NIL ||
+		select->limitOffset != NULL || select->limitCount != NULL || select->lockingClause != NIL ||
+		select->withClause != NULL || select->op != SETOP_NONE ||
+		list_length(select->targetList) != 1)
+		return false;
+	return linitial_node(ResTarget, select->targetList)->name == NULL;
+}
+
+/* The filter's expression, unanalyzed; raises when it is more than one expression. */
+Node *
+ParseExpression(const char *filter)
+{
+	List *statements = raw_parser(filter, RAW_PARSE_PLPGSQL_EXPR);
+	Node *statement = linitial_node(RawStmt, statements)->stmt;
+
+	if (!IsA(statement, SelectStmt) || !IsOneExpression((SelectStmt *) statement))
+		ereport(ERROR, (errcode(ERRCODE_SYNTAX_ERROR), errmsg("row_filter must be one expression"),
+						errhint("Write what could stand behind WHERE, without WHERE.")));
+	return linitial_node(ResTarget, ((SelectStmt *) statement)->targetList)->val;
+}
+
+/* Raises for constructs that need more than the row. */
+void
+CheckConstructs(const ParseState *pstate)
+{
+	if (pstate->p_hasSubLinks)
+		ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+						errmsg("row_filter must not contain a subquery"),
+						errhint("Use columns of the row only.")));
+	if (pstate->p_hasAggs)
+		ereport(ERROR, (errcode(ERRCODE_GROUPING_ERROR),
+						errmsg("row_filter must not contain an aggregate function"),
+						errhint("Use columns of the row only.")));
+	if (pstate->p_hasWindowFuncs)
+		ereport(ERROR, (errcode(ERRCODE_WINDOWING_ERROR),
+						errmsg("row_filter must not contain a window function"),
+						errhint("Use columns of the row only.")));
+	if (pstate->p_hasTargetSRFs)
+		ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+						errmsg("row_filter must not contain a set-returning function"),
+						errhint("Use columns of the row only.")));
+}
+
+/* Raises for columns whose value a row event does not carry. */
+void
+CheckColumns(Relation rel, Node *expression)
+{
+	Bitmapset *used = NULL;
+	int member = -1;
+
+	pull_varattnos(expression, 1, &used);
+	while ((member = bms_next_member(used, member)) >= 0)
+	{
+		AttrNumber attnum = member + FirstLowInvalidHeapAttributeNumber;
+
+		if (attnum == 0)
+			ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+							errmsg("row_filter must not refer to the whole row"),
+							errhint("Name the columns.")));
+		if (attnum < 0)
+			ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+							errmsg("row_filter must not refer to system columns"),
+							errhint("Use columns of the table only.")));
+		if (IsVirtualColumn(TupleDescAttr(RelationGetDescr(rel), attnum - 1)))
+			ereport(ERROR,
+					(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+					 errmsg("row_filter must not refer to virtual generated column \"%s\"",
+							NameStr(TupleDescAttr(RelationGetDescr(rel), attnum - 1)->attname)),
+					 errhint("Use the expression that the column is generated from.")));
+	}
+}
+
+/*
+ * The analyzed boolean expression over the relation's row (Vars of varno 1),
+ * names looked up in the current search_path.  An alias may give the columns
+ * other names than they have.
+ */
+Node *
+Analyze(Relation rel, const char *filter, Alias *alias)
+{
+	ParseState *pstate = make_parsestate(NULL);
+	ParseNamespaceItem *item;
+	Node *expression;
+
+	pstate->p_sourcetext = filter;
+	item = addRangeTableEntryForRelation(pstate, rel, AccessShareLock, alias, false, true);
+	addNSItemToQuery(pstate, item, false, true, true);
+	expression = transformExpr(pstate, ParseExpression(filter), EXPR_KIND_OTHER);
+	CheckConstructs(pstate);
+	expression = coerce_to_boolean(pstate, expression, "row_filter");
+	assign_expr_collations(pstate, expression);
+	CheckColumns(rel, expression);
+	if (contain_volatile_functions(expression))
+		ereport(ERROR, (errcode(ERRCODE_INVALID_OBJECT_DEFINITION),
+						errmsg("row_filter must not contain volatile functions"),
+						errdetail("Whether a row is replicated must not depend on chance."),
+						errhint("Use functions that are IMMUTABLE or STABLE only.")));
+	free_parsestate(pstate);
+	return expression;
+}
+
+/* Run fn while errors are placed in the filter's text. */
+template <typename Fn>
+auto
+WithSource(Relation rel, const char *filter, Fn fn)
+{
+	Source source = {filter, RelationGetRelationName(rel)};
+	ErrorContextCallback callback = {error_context_stack, DescribeSource, &source};
+
+	error_context_stack = &callback;
+	auto result = fn();
+	error_context_stack = callback.previous;
+	return result;
+}
+
+/* The expression as text that means the same under the fixed search_path. */
+char *
+Deparse(Relation rel, Node *expression)
+{
+	int nest_level = BeginFixedSearchPath();
+	List *context = deparse_context_for(RelationGetRelationName(rel), RelationGetRelid(rel));
+	char *result = deparse_expression(expression, context, false, false);
+
+	AtEOXact_GUC(false, nest_level);
+	return result;
+}
+
+/* An alias under which one column still has its old name. */
+Alias *
+AliasBeforeRename(Relation rel, const char *old_name, const char *new_name)
+{
+	TupleDesc desc = RelationGetDescr(rel);
+	List *names = NIL;
+
+	for (int i = 0; i < desc->natts; i++)
+	{
+		Form_pg_attribute attribute = TupleDescAttr(desc, i);
+		const char *name = NameStr(attribute->attname);
+
+		if (!attribute->attisdropped)
+			names =
+				lappend(names, makeString(pstrdup(strcmp(name, new_name) == 0 ? old_name : name)));
+	}
+	return makeAlias(RelationGetRelationName(rel), names);
+}
+
+} // namespace
+
+/* The simplified expression of a stored filter; raises when it does not compile any more. */
+Node *
+ParseFilter(Relation rel, const char *filter)
+{
+	int nest_level = BeginFixedSearchPath();
+	Node *expression = WithSource(rel, filter, [&] {
+		return (Node *) expression_planner((Expr *) Analyze(rel, filter, NULL));
+	});
+
+	AtEOXact_GUC(false, nest_level);
+	return expression;
+}
+
+/* A user's filter in the form in which it is stored; raises when it is not acceptable. */
+char *
+CanonicalFilter(Relation rel, const char *filter)
+{
+	Node *expression = WithSource(rel, filter, [&] { return Analyze(rel, filter, NULL); });
+	char *result = Deparse(rel, expression);
+
+	(void) ParseFilter(rel, result);
+	return result;
+}
+
+/* A stored filter after a column's rename, in the form in which it is stored. */
+char *
+RenameInFilter(Relation rel, const char *filter, const char *old_name, const char *new_name)
+{
+	int nest_level = BeginFixedSearchPath();
+	Alias *alias = AliasBeforeRename(rel, old_name, new_name);
+	Node *expression = WithSource(rel, filter, [&] { return Analyze(rel, filter, alias); });
+
+	AtEOXact_GUC(false, nest_level);
+	return Deparse(rel, expression);
+}
+
+} // namespace mmrepl::capture

@@ -1,0 +1,471 @@
+/*
+ * change_encode.cpp
+ *		From rows to records.
+ */
+#include "change_internal.hpp"
+
+namespace mmrepl::change
+{
+
+/* The largest segment: what fits a bytea parameter with its batch header. */
+constexpr uint64 kSegmentLimit = MaxAllocSize - 65536;
+
+static uint64 last_serial;
+
+Wire
+WireOf(Oid base_type)
+{
+	switch (base_type)
+	{
+		case BOOLOID:
+			return Wire::Bool;
+		case INT2OID:
+			return Wire::Int16;
+		case INT4OID:
+		case OIDOID:
+		case DATEOID:
+		case FLOAT4OID:
+			return Wire::Int32;
+		case INT8OID:
+		case TIMEOID:
+		case TIMESTAMPOID:
+		case TIMESTAMPTZOID:
+		case FLOAT8OID:
+		case MONEYOID:
+			return Wire::Int64;
+		case TEXTOID:
+		case VARCHAROID:
+		case BPCHAROID:
+		case BYTEAOID:
+			return Wire::Varlena;
+		case UUIDOID:
+			return Wire::Uuid;
+		case NUMERICOID:
+		case INTERVALOID:
+		case TIMETZOID:
+		case INETOID:
+		case CIDROID:
+		case MACADDROID:
+		case MACADDR8OID:
+		case BITOID:
+		case VARBITOID:
+		case POINTOID:
+		case BOXOID:
+			return Wire::Function;
+		default:
+			return Wire::Text;
+	}
+}
+
+/* ---- raw output into a segment: a cursor that is committed at the end ---- */
+
+struct Cursor
+{
+	Segment *segment;
+	uint32 position; /* of the next byte, in the payload */
+
+	/* Make room for more bytes; raises before anything is written. */
+	char *Reserve(uint64 bytes)
+	{
+		uint64 need = (uint64) position + bytes;
+
+		if (unlikely(need > segment->capacity))
+			Grow(need);
+		char *at = segment->data + VARHDRSZ + position;
+		position += (uint32) bytes;
+		return at;
+	}
+	void Grow(uint64 need)
+	{
+		if (need > kSegmentLimit)
+			ereport(ERROR,
+					(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+					 errmsg("row is too large to be replicated"),
+					 errdetail("One change may take up to %llu bytes.",
+							   (unsigned long long) kSegmentLimit)));
+		uint64 capacity = Min(Max(need, (uint64) segment->capacity * 2), kSegmentLimit);
+
+		segment->data = (char *) repalloc(segment->data, capacity + VARHDRSZ);
+		segment->capacity = (uint32) capacity;
+	}
+	void U8(uint8 value)
+	{
+		*Reserve(1) = (char) value;
+	}
+	void U16(uint16 value)
+	{
+		value = pg_hton16(value);
+		memcpy(Reserve(2), &value, 2);
+	}
+	void U32(uint32 value)
+	{
+		value = pg_hton32(value);
+		memcpy(Reserve(4), &value, 4);
+	}
+	void U64(uint64 value)
+	{
+		value = pg_hton64(value);
+		memcpy(Reserve(8), &value, 8);
+	}
+	void Varint(uint64 value)
+	{
+		for (; value >= 0x80; value >>= 7)
+			U8((uint8) (value | 0x80));
+		U8((uint8) value);
+	}
+	void Sized(const char *bytes, uint64 length)
+	{
+		Varint(length + 1);
+		memcpy(Reserve(length), bytes, length);
+	}
+};
+
+static Cursor
+CursorAtEnd(Segment *segment)
+{
+	return Cursor{segment, segment->length};
+}
+
+void
+PutVarint(StringInfo buf, uint64 value)
+{
+	for (; value >= 0x80; value >>= 7)
+		appendStringInfoCharMacro(buf, (char) (value | 0x80));
+	appendStringInfoCharMacro(buf, (char) value);
+}
+
+void
+PutString(StringInfo buf, const char *string)
+{
+	size_t length = strlen(string);
+
+	PutVarint(buf, length);
+	appendBinaryStringInfo(buf, string, (int) length);
+}
+
+Segment *
+NewSegment(MemoryContext context, uint32 seq)
+{
+	constexpr uint32 initial = 512;
+	Segment *segment = (Segment *) MemoryContextAllocZero(context, sizeof(Segment));
+
+	segment->context = context;
+	segment->seq = seq;
+	segment->capacity = initial;
+	segment->data = (char *) MemoryContextAlloc(context, initial + VARHDRSZ);
+	segment->data[VARHDRSZ] = kVersion;
+	segment->length = 1;
+	return segment;
+}
+
+void
+TruncateSegment(Segment *segment, uint32 length, uint32 changes)
+{
+	segment->length = length;
+	segment->changes = changes;
+	while (segment->n_relations > 0 &&
+		   segment->relation_offsets[segment->n_relations - 1] >= length)
+		segment->n_relations--;
+}
+
+/* The segment's number for the relation; defines it if need be. */
+static uint16
+RelationNumber(Segment *segment, const RelationEncoder *rel)
+{
+	for (int i = segment->n_relations - 1; i >= 0; i--)
+		if (segment->relations[i] == rel->serial)
+			return (uint16) i;
+
+	uint16 number = (uint16) segment->n_relations;
+	Cursor out = CursorAtEnd(segment);
+
+	MmreplEnsure(segment->n_relations < kSegmentRelations, "segment defines too many relations");
+	out.U8(kRelation);
+	out.U16(number);
+	memcpy(out.Reserve(rel->definition_length), rel->definition, rel->definition_length);
+	segment->relations[number] = rel->serial;
+	segment->relation_offsets[number] = segment->length;
+	segment->n_relations++;
+	segment->length = out.position;
+	return number;
+}
+
+/* The value of a binary column without a function call. */
+static void
+PutFixed(Cursor &out, Wire wire, Datum value)
+{
+	switch (wire)
+	{
+		case Wire::Bool:
+			out.Varint(2);
+			out.U8(DatumGetBool(value) ? 1 : 0);
+			break;
+		case Wire::Int16:
+			out.Varint(3);
+			out.U16((uint16) DatumGetInt16(value));
+			break;
+		case Wire::Int32:
+			out.Varint(5);
+			out.U32((uint32) DatumGetInt32(value));
+			break;
+		case Wire::Int64:
+			out.Varint(9);
+			out.U64((uint64) DatumGetInt64(value));
+			break;
+		default:
+			out.Sized((const char *) DatumGetPointer(value), UUID_LEN);
+			break;
+	}
+}
+
+/* One column's value; detoasts. */
+static void
+PutValue(Cursor &out, ColumnEncoder *column, Datum value, bool isnull)
+{
+	if (isnull)
+	{
+		out.Varint(0);
+		return;
+	}
+	Wire wire = column->binary ? WireOf(column->type) : Wire::Text;
+
+	if (wire == Wire::Varlena)
+	{
+		struct varlena *bytes = PG_DETOAST_DATUM_PACKED(value);
+
+		out.Sized(VARDATA_ANY(bytes), VARSIZE_ANY_EXHDR(bytes));
+	}
+	else if (wire == Wire::Function)
+	{
+		bytea *bytes = SendFunctionCall(&column->output, value);
+
+		out.Sized(VARDATA_ANY(bytes), VARSIZE_ANY_EXHDR(bytes));
+	}
+	else if (wire == Wire::Text)
+	{
+		char *text = OutputFunctionCall(&column->output, value);
+
+		out.Sized(text, strlen(text));
+	}
+	else
+		PutFixed(out, wire, value);
+}
+
+/* All columns, or the key columns only. */
+static void
+PutTuple(Cursor &out, RelationEncoder *rel, TupleTableSlot *row, bool key_only)
+{
+	slot_getallattrs(row);
+	for (int i = 0; i < rel->n_columns; i++)
+	{
+		ColumnEncoder *column = &rel->columns[i];
+
+		if (!key_only || column->key)
+			PutValue(out, column, row->tts_values[column->attnum - 1],
+					 row->tts_isnull[column->attnum - 1]);
+	}
+}
+
+/* Take the record into the segment. */
+static void
+Commit(const Cursor &out)
+{
+	out.segment->length = out.position;
+	out.segment->changes++;
+}
+
+void
+AppendInsert(Segment *segment, RelationEncoder *rel, TupleTableSlot *row)
+{
+	uint16 number = RelationNumber(segment, rel);
+	Cursor out = CursorAtEnd(segment);
+
+	out.U8(kInsert);
+	out.U16(number);
+	PutTuple(out, rel, row, false);
+	Commit(out);
+}
+
+/* Whether any key column's value is another one, to the byte. */
+static bool
+KeyChanged(RelationEncoder *rel, TupleTableSlot *old_row, TupleTableSlot *new_row)
+{
+	TupleDesc desc = new_row->tts_tupleDescriptor;
+
+	slot_getallattrs(old_row);
+	slot_getallattrs(new_row);
+	for (int i = 0; i < rel->n_columns; i++)
+	{
+		int at = rel->columns[i].attnum - 1;
+		Form_pg_attribute attribute = TupleDescAttr(desc, at);
+
+		if (!rel->columns[i].key)
+			continue;
+		if (old_row->tts_isnull[at] != new_row->tts_isnull[at])
+			return true;
+		if (!old_row->tts_isnull[at] &&
+			!datum_image_eq(old_row->tts_values[at], new_row->tts_values[at],
+							attribute->attbyval, attribute->attlen))
+			return true;
+	}
+	return false;
+}
+
+void
+AppendUpdate(Segment *segment, RelationEncoder *rel, TupleTableSlot *old_row,
+			 TupleTableSlot *new_row)
+{
+	bool key_changed = KeyChanged(rel, old_row, new_row);
+	uint16 number = RelationNumber(segment, rel);
+	Cursor out = CursorAtEnd(segment);
+
+	out.U8(kUpdate);
+	out.U16(number);
+	out.U8(key_changed ? kOldKey : 0);
+	if (key_changed)
+		PutTuple(out, rel, old_row, true);
+	PutTuple(out, rel, new_row, false);
+	Commit(out);
+}
+
+void
+AppendDelete(Segment *segment, RelationEncoder *rel, TupleTableSlot *old_row)
+{
+	uint16 number = RelationNumber(segment, rel);
+	Cursor out = CursorAtEnd(segment);
+
+	out.U8(kDelete);
+	out.U16(number);
+	PutTuple(out, rel, old_row, true);
+	Commit(out);
+}
+
+void
+AppendTruncate(Segment *segment, RelationEncoder *rel)
+{
+	uint16 number = RelationNumber(segment, rel);
+	Cursor out = CursorAtEnd(segment);
+
+	out.U8(kTruncate);
+	out.U16(number);
+	Commit(out);
+}
+
+/* ---- relation definitions ---- */
+
+/* Whether a type's text form is the same under any settings. */
+static bool
+TextIsStable(Oid type)
+{
+	switch (type)
+	{
+		case JSONOID:
+		case JSONBOID:
+		case XMLOID:
+		case NAMEOID:
+		case CHAROID:
+		case TSVECTOROID:
+		case TSQUERYOID:
+			return true;
+		default:
+			return get_typtype(type) == TYPTYPE_ENUM;
+	}
+}
+
+/* Choose how a column travels. */
+static void
+BuildColumn(ColumnEncoder *column, const ColumnSpec &spec, Form_pg_attribute attribute)
+{
+	Oid base = getBaseType(attribute->atttypid);
+	Oid function;
+	bool is_varlena;
+
+	column->attnum = spec.attnum;
+	column->key = spec.key;
+	column->binary = base < kFirstUnstableOid && WireOf(base) != Wire::Text;
+	column->type = column->binary ? base : attribute->atttypid;
+	column->by_text = !column->binary && !TextIsStable(base);
+	if (column->binary)
+		getTypeBinaryOutputInfo(column->type, &function, &is_varlena);
+	else
+		getTypeOutputInfo(column->type, &function, &is_varlena);
+	fmgr_info(function, &column->output);
+}
+
+/* A column's entry in the definition. */
+static void
+PutColumn(StringInfo buf, const ColumnEncoder &column, const char *remote_name)
+{
+	PutString(buf, remote_name);
+	appendStringInfoCharMacro(buf,
+							  (char) ((column.key ? kKey : 0) | (column.binary ? kBinary : 0)));
+	if (column.type < kFirstUnstableOid)
+	{
+		PutVarint(buf, column.type);
+		return;
+	}
+	HeapTuple tuple = SearchSysCache1(TYPEOID, ObjectIdGetDatum(column.type));
+
+	MmreplEnsure(HeapTupleIsValid(tuple), "cache lookup failed for type %u", column.type);
+	Form_pg_type form = (Form_pg_type) GETSTRUCT(tuple);
+
+	PutVarint(buf, 0);
+	PutString(buf, get_namespace_name(form->typnamespace));
+	PutString(buf, NameStr(form->typname));
+	ReleaseSysCache(tuple);
+}
+
+RelationEncoder *
+BuildRelationEncoder(const RelationSpec &spec, TupleDesc desc)
+{
+	RelationEncoder *rel = (RelationEncoder *) palloc0(sizeof(RelationEncoder));
+	StringInfoData buf;
+
+	rel->serial = ++last_serial;
+	rel->n_columns = spec.n_columns;
+	rel->columns = (ColumnEncoder *) palloc0(sizeof(ColumnEncoder) * spec.n_columns);
+	initStringInfo(&buf);
+	PutString(&buf, spec.remote_schema);
+	PutString(&buf, spec.remote_table);
+	PutString(&buf, spec.local_schema);
+	PutString(&buf, spec.local_table);
+	appendStringInfoCharMacro(&buf, (char) spec.conflict);
+	PutVarint(&buf, (uint64) spec.pair_id);
+	PutVarint(&buf, (uint64) spec.n_columns);
+	for (int i = 0; i < spec.n_columns; i++)
+	{
+		const ColumnSpec &column = spec.columns[i];
+
+		BuildColumn(&rel->columns[i], column, TupleDescAttr(desc, column.attnum - 1));
+		PutColumn(&buf, rel->columns[i], column.remote_name);
+		rel->needs_text_format |= rel->columns[i].by_text;
+	}
+	rel->definition = buf.data;
+	rel->definition_length = (uint32) buf.len;
+	return rel;
+}
+
+/* ---- text format ---- */
+
+int
+BeginTextFormat()
+{
+	static const char *const settings[][2] = {
+		{"datestyle", "ISO"},		  {"intervalstyle", "postgres"}, {"extra_float_digits", "3"},
+		{"bytea_output", "hex"},	  {"search_path", "pg_catalog"},
+	};
+	int nest_level = NewGUCNestLevel();
+
+	for (auto &setting : settings)
+		(void) set_config_option(setting[0], setting[1], PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_SAVE, true, 0, false);
+	return nest_level;
+}
+
+void
+EndTextFormat(int nest_level)
+{
+	AtEOXact_GUC(true, nest_level);
+}
+
+} // namespace mmrepl::change

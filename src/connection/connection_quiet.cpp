@@ -1,0 +1,244 @@
+/*
+ * connection_quiet.cpp
+ *		What may run where nothing may go wrong: in COMMIT and ABORT callbacks.
+ *
+ * An error there would be a PANIC of the whole server, so nothing here raises,
+ * allocates from a memory context, waits on the latch or obeys interrupts.
+ * Waits are poll(2) with a hard bound on the monotonic clock.
+ */
+#include "connection_internal.hpp"
+
+namespace mmrepl::connection
+{
+
+namespace
+{
+
+constexpr int kCancelTimeout = 500; /* ms: bound of the attempt to cancel at the peer */
+
+/* The monotonic clock in milliseconds. */
+int64
+MonotonicMs()
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (int64) now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+/* Run fn while the peer's notices are thrown away. */
+template <typename Fn>
+auto
+Hushed(Fn fn)
+{
+	bool before = hushed;
+
+	hushed = true;
+	auto result = fn();
+	hushed = before;
+	return result;
+}
+
+/* Wait for events (POLLIN, POLLOUT) on a socket; false when the time is up. */
+bool
+PollUntil(int socket, short events, int64 until)
+{
+	struct pollfd fd = {socket, events, 0};
+
+	for (;;)
+	{
+		int64 left = until - MonotonicMs();
+		int rc = poll(&fd, 1, (int) Max(left, 0));
+
+		if (rc > 0)
+			return true;
+		if (left <= 0 || (rc < 0 && errno != EINTR))
+			return false;
+	}
+}
+
+/* Wait until a result can be had without blocking; false when the time is up. */
+bool
+Arrived(PGconn *conn, int64 until)
+{
+	while (PQisBusy(conn))
+	{
+		int unsent = PQflush(conn);
+
+		if (unsent < 0 || PQsocket(conn) < 0)
+			return true;
+		if (!PollUntil(PQsocket(conn), POLLIN | (unsent > 0 ? POLLOUT : 0), until))
+			return false;
+		if (PQconsumeInput(conn) == 0)
+			return true;
+	}
+	return true;
+}
+
+/* Whether the command tag is what the command starts with, up to the end of a word. */
+bool
+TagMatches(const char *tag, const char *sql)
+{
+	size_t length = strlen(tag);
+
+	return length > 0 && pg_strncasecmp(tag, sql, length) == 0 &&
+		   (sql[length] == '\0' || sql[length] == ' ' || sql[length] == ';');
+}
+
+/* Collect the results of the commands that were sent; true when all succeeded as asked. */
+bool
+Confirmed(PGconn *conn, const char *sql, int64 until)
+{
+	int results = 0;
+	bool good = true;
+
+	while (Arrived(conn, until))
+	{
+		PGresult *res = PQgetResult(conn);
+
+		if (res == NULL)
+			return good && results > 0;
+		if (PQresultStatus(res) != PGRES_COMMAND_OK)
+			good = false;
+		else if (results == 0 && !TagMatches(PQcmdStatus(res), sql))
+			good = false;
+		results++;
+		PQclear(res);
+		if (PQstatus(conn) != CONNECTION_OK)
+			return false;
+	}
+	return false;
+}
+
+#ifdef LIBPQ_HAS_ASYNC_CANCEL
+
+/* Send a cancel request and wait until the peer has taken it; libpq 17 can do so bounded. */
+void
+SendCancel(PGconn *conn, int64 until)
+{
+	PGcancelConn *cancel = PQcancelCreate(conn);
+	PostgresPollingStatusType status = PGRES_POLLING_WRITING;
+
+	if (cancel == NULL)
+		return;
+	if (PQcancelStart(cancel) == 1)
+	{
+		while (status == PGRES_POLLING_READING || status == PGRES_POLLING_WRITING)
+		{
+			short event = status == PGRES_POLLING_READING ? POLLIN : POLLOUT;
+
+			if (!PollUntil(PQcancelSocket(cancel), event, until))
+				break;
+			status = PQcancelPoll(cancel);
+		}
+	}
+	PQcancelFinish(cancel);
+}
+
+#else
+
+constexpr int kMaxParameters = 128; /* libpq has fewer than 60 */
+
+/*
+ * Begin a second connection to the very host that the first one reached, with
+ * the same options; NULL when that cannot be.
+ */
+PGconn *
+StartBeside(PGconn *conn)
+{
+	const char *keywords[kMaxParameters + 1];
+	const char *values[kMaxParameters + 1];
+	PQconninfoOption *options = PQconninfo(conn);
+	PGconn *beside = NULL;
+	int n = 0;
+
+	if (options == NULL)
+		return NULL;
+	for (PQconninfoOption *option = options; option->keyword != NULL && n < kMaxParameters;
+		 option++, n++)
+	{
+		keywords[n] = option->keyword;
+		values[n] = option->val;
+		if (strcmp(option->keyword, "host") == 0)
+			values[n] = PQhost(conn);
+		else if (strcmp(option->keyword, "hostaddr") == 0)
+			values[n] = PQhostaddr(conn);
+		else if (strcmp(option->keyword, "port") == 0)
+			values[n] = PQport(conn);
+		else if (strcmp(option->keyword, "target_session_attrs") == 0)
+			values[n] = NULL;
+	}
+	keywords[n] = values[n] = NULL;
+	beside = PQconnectStartParams(keywords, values, 0);
+	PQconninfoFree(options);
+	return beside;
+}
+
+/* Drive a connection until it stands; false when it failed or the time is up. */
+bool
+PollStanding(PGconn *conn, int64 until)
+{
+	PostgresPollingStatusType status = PGRES_POLLING_WRITING;
+
+	while (PQstatus(conn) != CONNECTION_BAD && status != PGRES_POLLING_FAILED)
+	{
+		if (status == PGRES_POLLING_OK)
+			return true;
+		if (!PollUntil(PQsocket(conn), status == PGRES_POLLING_READING ? POLLIN : POLLOUT, until))
+			return false;
+		status = PQconnectPoll(conn);
+	}
+	return false;
+}
+
+/*
+ * Cancel through a second session of the same role.  PQcancel() would be the
+ * obvious way, but before libpq 17 it blocks without a bound, for ever if the
+ * peer's postmaster is stopped.
+ */
+void
+SendCancel(PGconn *conn, int64 until)
+{
+	PGconn *beside = StartBeside(conn);
+	char sql[64];
+
+	if (beside == NULL)
+		return;
+	PQsetNoticeReceiver(
+		beside, [](void *, const PGresult *) {}, NULL);
+	snprintf(sql, sizeof(sql), "SELECT pg_catalog.pg_cancel_backend(%d)", PQbackendPID(conn));
+	if (PollStanding(beside, until) && PQsetnonblocking(beside, 1) == 0 &&
+		PQsendQuery(beside, sql) == 1)
+		(void) Confirmed(beside, sql, until);
+	PQfinish(beside);
+}
+
+#endif
+
+} // namespace
+
+/* Run one simple command (or several) in at most timeout_ms; true when the peer confirmed it. */
+bool
+ExecQuietly(PGconn *conn, const char *sql, int timeout_ms)
+{
+	return Hushed([&] {
+		return PQsendQuery(conn, sql) == 1 && Confirmed(conn, sql, MonotonicMs() + timeout_ms);
+	});
+}
+
+/*
+ * Ask the peer to cancel what runs on the connection, if something does;
+ * bounded by half a second, and no error when it cannot be done.
+ */
+void
+Cancel(PGconn *conn)
+{
+	if (PQstatus(conn) != CONNECTION_OK || PQtransactionStatus(conn) != PQTRANS_ACTIVE)
+		return;
+	Hushed([&] {
+		SendCancel(conn, MonotonicMs() + kCancelTimeout);
+		return true;
+	});
+}
+
+} // namespace mmrepl::connection

@@ -1,0 +1,114 @@
+/*
+ * guc.cpp
+ *		All settings of the extension.
+ */
+#include "mmrepl/guc.hpp"
+
+namespace mmrepl::guc
+{
+
+int max_servers = 8;
+int ring_size = 4096;
+int batch_size = 1024;
+int batch_transactions = 2000;
+int retry_min_delay = 100;
+int retry_max_delay = 30000;
+int connect_timeout = 10000;
+int sync_timeout = 10000;
+int sync_lock_timeout = 0;
+int buffer_memory = 4096;
+int rotate_size = 65536;
+Flush sync_flush = Flush::Statement;
+Mode mode = Mode::Pair;
+bool capture = true;
+bool log_conflicts = true;
+
+static const struct config_enum_entry mode_options[] = {
+	{"pair", (int) Mode::Pair, false},
+	{"async", (int) Mode::Async, false},
+	{"sync", (int) Mode::Sync, false},
+	{NULL, 0, false},
+};
+
+static const struct config_enum_entry flush_options[] = {
+	{"statement", (int) Flush::Statement, false},
+	{"commit", (int) Flush::Commit, false},
+	{NULL, 0, false},
+};
+
+/* An integer setting with its unit flag. */
+static void
+DefineInt(const char *name, const char *what, const char *more, int *variable, int min, int max,
+		  GucContext context, int flags)
+{
+	DefineCustomIntVariable(name, what, more, variable, *variable, min, max, context, flags, NULL,
+							NULL, NULL);
+}
+
+/* Sizes and bounds of the worker's side. */
+static void
+DefineWorkerSettings()
+{
+	DefineInt("mmrepl.batch_size", "Bytes of changes that one batch holds at the most.", NULL,
+			  &batch_size, 64, 65536, PGC_SIGHUP, GUC_UNIT_KB);
+	DefineInt("mmrepl.batch_transactions",
+			  "Source transactions that one batch holds at the most.", NULL, &batch_transactions, 1,
+			  100000, PGC_SIGHUP, 0);
+	DefineInt("mmrepl.connect_timeout", "Longest wait for a connection to a peer.", NULL,
+			  &connect_timeout, 100, 600000, PGC_USERSET, GUC_UNIT_MS);
+	DefineInt("mmrepl.retry_max_delay", "Longest delay between two tries to reach a peer.", NULL,
+			  &retry_max_delay, 10, 3600000, PGC_SIGHUP, GUC_UNIT_MS);
+	DefineInt("mmrepl.retry_min_delay", "First delay between two tries to reach a peer.",
+			  "It doubles with every failure, with jitter, up to mmrepl.retry_max_delay.",
+			  &retry_min_delay, 10, 3600000, PGC_SIGHUP, GUC_UNIT_MS);
+	DefineInt("mmrepl.rotate_size", "Size at which a queue table is relieved by the next one.", NULL,
+			  &rotate_size, 64, 16777216, PGC_SIGHUP, GUC_UNIT_KB);
+}
+
+/* What fixes the size of shared memory; such settings exist only while preloading. */
+static void
+DefineSharedMemorySettings()
+{
+	DefineInt("mmrepl.max_servers", "Streams (server and user mapping) that can be served at once.",
+			  "Each takes mmrepl.ring_size of shared memory and one background worker.",
+			  &max_servers, 1, 64, PGC_POSTMASTER, 0);
+	DefineInt("mmrepl.ring_size", "Shared memory for each stream's newest changes.", NULL,
+			  &ring_size, 64, 1048576, PGC_POSTMASTER, GUC_UNIT_KB);
+}
+
+/* What a session chooses for its own transactions. */
+static void
+DefineSessionSettings()
+{
+	DefineInt("mmrepl.buffer_memory",
+			  "Memory that a transaction's captured changes may take before they spill.", NULL,
+			  &buffer_memory, 64, MAX_KILOBYTES, PGC_USERSET, GUC_UNIT_KB);
+	DefineInt("mmrepl.sync_lock_timeout", "Longest wait for a lock at the peer of a sync pair.",
+			  "0 takes twice deadlock_timeout.", &sync_lock_timeout, 0, INT_MAX, PGC_USERSET,
+			  GUC_UNIT_MS);
+	DefineInt("mmrepl.sync_timeout", "Longest wait for the peer of a sync pair.", NULL,
+			  &sync_timeout, 10, 3600000, PGC_USERSET, GUC_UNIT_MS);
+	DefineCustomBoolVariable("mmrepl.capture", "Capture changes of replicated tables.",
+							 "Off, the session's changes stay local.", &capture, true, PGC_SUSET, 0,
+							 NULL, NULL, NULL);
+	DefineCustomBoolVariable("mmrepl.log_conflicts", "Log conflicts found while applying.", NULL,
+							 &log_conflicts, true, PGC_SUSET, 0, NULL, NULL, NULL);
+	DefineCustomEnumVariable("mmrepl.mode", "Mode of this transaction's captures.",
+							 "'pair' leaves it to each pair.", (int *) &mode, (int) Mode::Pair,
+							 mode_options, PGC_USERSET, 0, NULL, NULL, NULL);
+	DefineCustomEnumVariable("mmrepl.sync_flush", "When changes of sync pairs travel.", NULL,
+							 (int *) &sync_flush, (int) Flush::Statement, flush_options,
+							 PGC_USERSET, 0, NULL, NULL, NULL);
+}
+
+void
+Init()
+{
+	if (process_shared_preload_libraries_in_progress)
+		DefineSharedMemorySettings();
+	DefineWorkerSettings();
+	DefineSessionSettings();
+	MarkGUCPrefixReserved("mmrepl");
+}
+
+} // namespace mmrepl::guc

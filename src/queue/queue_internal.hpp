@@ -1,0 +1,107 @@
+/*
+ * queue_internal.hpp
+ *		Columns and helpers that the files of the room queue share.
+ */
+#pragma once
+
+#include "mmrepl/catalog.hpp"
+#include "mmrepl/queue.hpp"
+
+namespace mmrepl::queue
+{
+
+constexpr int kSliceBits = 20; /* of a chunk's seq: slices of one segment */
+
+enum Column
+{
+	kTicket,
+	kXid,
+	kStream,
+	kSeq,
+	kChanges,
+	kFlags,
+	kPayload,
+	kColumns
+};
+
+/* A queue row, decoded; payload points into the tuple. */
+struct Row
+{
+	uint64 ticket;
+	uint64 xid;
+	int32 stream;
+	uint64 seq;
+	uint32 changes;
+	uint16 flags;
+	const char *payload;
+	uint32 payload_length;
+};
+
+/* Read the columns of a queue row; the payload is not copied. */
+void DecodeRow(HeapTuple tuple, TupleDesc desc, Row *row);
+
+/* Place as the payload of a chunked head. */
+void PutPlace(StringInfo buf, const Place &place);
+
+/* Copy the payload into the reserved ring entry, if there is one. */
+void FillEntry(const Outgoing *out);
+
+/* Scan a queue table (all of it, or some blocks) under the active snapshot. */
+template <typename Fn>
+void
+ScanTable(Relation rel, BlockNumber low, BlockNumber high, Fn fn)
+{
+	TableScanDesc scan = table_beginscan_strat(rel, GetActiveSnapshot(), 0, NULL, true, false);
+	HeapTuple tuple;
+
+	if (low != InvalidBlockNumber)
+		heap_setscanlimits(scan, low, high - low + 1);
+	while ((tuple = heap_getnext(scan, ForwardScanDirection)) != NULL)
+	{
+		Row row;
+
+		CHECK_FOR_INTERRUPTS();
+		DecodeRow(tuple, RelationGetDescr(rel), &row);
+		fn(row, tuple->t_self);
+	}
+	table_endscan(scan);
+}
+
+template <typename Fn>
+void
+ScanQueue(Fn fn)
+{
+	const catalog::Relations &relations = catalog::GetRelations();
+
+	for (uint32 table = 0; table < shmem::kQueueTables; table++)
+	{
+		Relation rel = table_open(relations.queue[table], AccessShareLock);
+
+		ScanTable(rel, InvalidBlockNumber, 0, [&](const Row &row, const ItemPointerData &tid) {
+			fn(table, row, tid);
+		});
+		table_close(rel, AccessShareLock);
+	}
+}
+
+/* Under a fresh snapshot, pushed as the active one. */
+template <typename Fn>
+auto
+WithLatestSnapshot(Fn fn)
+{
+	PushActiveSnapshot(GetLatestSnapshot());
+	if constexpr (__is_same(decltype(fn()), void))
+	{
+		fn();
+		PopActiveSnapshot();
+	}
+	else
+	{
+		auto result = fn();
+
+		PopActiveSnapshot();
+		return result;
+	}
+}
+
+} // namespace mmrepl::queue

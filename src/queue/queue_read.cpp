@@ -1,0 +1,314 @@
+/*
+ * queue_read.cpp
+ *		Reading the queue tables: what waits, in ticket order.
+ */
+#include "queue_internal.hpp"
+
+namespace mmrepl::queue
+{
+
+/* ---- rows ---- */
+
+void
+DecodeRow(HeapTuple tuple, TupleDesc desc, Row *row)
+{
+	bool isnull;
+	auto get = [&](Column column) { return heap_getattr(tuple, column + 1, desc, &isnull); };
+
+	row->ticket = (uint64) DatumGetInt64(get(kTicket));
+	row->xid = (uint64) DatumGetInt64(get(kXid));
+	row->stream = DatumGetInt32(get(kStream));
+	row->seq = (uint64) DatumGetInt64(get(kSeq));
+	row->changes = (uint32) DatumGetInt32(get(kChanges));
+	row->flags = (uint16) DatumGetInt16(get(kFlags));
+	bytea *payload = (bytea *) DatumGetPointer(get(kPayload));
+
+	row->payload = VARDATA_ANY(payload);
+	row->payload_length = VARSIZE_ANY_EXHDR(payload);
+}
+
+Place
+ReadPlace(const char *payload, uint32 length)
+{
+	change::Reader in = {payload, length, 0};
+	Place place = {};
+
+	place.table = in.U32();
+	place.low = in.U32();
+	place.high = in.U32();
+	place.rows = in.U32();
+	place.bytes = in.U64();
+	MmreplEnsure(place.table < shmem::kQueueTables, "queue row names table %u", place.table);
+	return place;
+}
+
+/* ---- collecting ---- */
+
+static int
+CompareRefs(const void *left, const void *right)
+{
+	uint64 a = ((const Ref *) left)->ticket;
+	uint64 b = ((const Ref *) right)->ticket;
+
+	return a < b ? -1 : a > b ? 1 : 0;
+}
+
+/* The lowest `limit` refs seen so far, kept in an array of twice that size. */
+struct Lowest
+{
+	Ref *refs;
+	int count;
+	int limit;
+	uint64 cutoff; /* higher tickets are not wanted any more */
+	bool dropped;
+
+	void Add(const Ref &ref)
+	{
+		if (ref.ticket > cutoff)
+		{
+			dropped = true;
+			return;
+		}
+		refs[count++] = ref;
+		if (count == 2 * limit)
+			Cut();
+	}
+	void Cut()
+	{
+		qsort(refs, count, sizeof(Ref), CompareRefs);
+		if (count <= limit)
+			return;
+		count = limit;
+		cutoff = refs[limit - 1].ticket;
+		dropped = true;
+	}
+};
+
+static Ref
+RefOf(uint32 table, const Row &row, const ItemPointerData &tid)
+{
+	Ref ref = {};
+
+	ref.ticket = row.ticket;
+	ref.xid = row.xid;
+	ref.tid = tid;
+	ref.flags = row.flags;
+	ref.table = table;
+	ref.changes = row.changes;
+	ref.bytes = row.payload_length;
+	if (row.flags & kChunked)
+		ref.bytes = (uint32) Min(ReadPlace(row.payload, row.payload_length).bytes,
+								 (uint64) PG_UINT32_MAX);
+	return ref;
+}
+
+/* Whether the row is a head that waits: prepared ones wait until they are removed. */
+static bool
+Waits(const Row &row, int32 stream, uint64 after)
+{
+	return row.stream == stream && (row.flags & kHead) &&
+		   (row.ticket > after || (row.flags & kPrepared));
+}
+
+Ref *
+Collect(int32 stream, uint64 after, uint64 before, int limit, int *count, bool *complete)
+{
+	Lowest lowest = {};
+
+	lowest.limit = limit;
+	lowest.cutoff = PG_UINT64_MAX;
+	lowest.refs = (Ref *) MemoryContextAllocHuge(CurrentMemoryContext, sizeof(Ref) * 2 * limit);
+	WithLatestSnapshot([&] {
+		ScanQueue([&](uint32 table, const Row &row, const ItemPointerData &tid) {
+			if (Waits(row, stream, after) && row.ticket < before)
+				lowest.Add(RefOf(table, row, tid));
+		});
+	});
+	lowest.Cut();
+	*count = lowest.count;
+	*complete = !lowest.dropped;
+	return lowest.refs;
+}
+
+void
+CountBacklog(int32 stream, uint64 after, uint64 upto, uint64 *transactions, uint64 *changes,
+			 uint64 *bytes, uint64 *oldest)
+{
+	*transactions = *changes = *bytes = *oldest = 0;
+	WithLatestSnapshot([&] {
+		ScanQueue([&](uint32 table, const Row &row, const ItemPointerData &tid) {
+			if (!Waits(row, stream, after) || row.ticket > upto)
+				return;
+			++*transactions;
+			*changes += row.changes;
+			*bytes += RefOf(table, row, tid).bytes;
+			*oldest = *oldest == 0 ? row.ticket : Min(*oldest, row.ticket);
+		});
+	});
+}
+
+/* ---- payloads ---- */
+
+void
+WalkPayload(const char *payload, uint32 length, SegmentSink sink, void *arg)
+{
+	change::Reader in = {payload, length, 0};
+
+	while (!in.AtEnd())
+	{
+		uint32 segment = in.U32();
+
+		sink(arg, in.Bytes(segment), segment);
+	}
+}
+
+static int
+CompareChunks(const void *left, const void *right)
+{
+	uint64 a = ((const ChunkRef *) left)->seq;
+	uint64 b = ((const ChunkRef *) right)->seq;
+
+	return a < b ? -1 : a > b ? 1 : 0;
+}
+
+/* Find a transaction's visible chunk rows, in order. */
+static ChunkRef *
+FindChunks(Relation rel, const Place &place, int32 stream, uint64 xid, uint32 *count)
+{
+	ChunkRef *chunks = (ChunkRef *) MemoryContextAllocHuge(
+		CurrentMemoryContext, sizeof(ChunkRef) * Max((Size) place.rows, 1));
+	uint32 found = 0;
+
+	ScanTable(rel, place.low, place.high, [&](const Row &row, const ItemPointerData &tid) {
+		if ((row.flags & kHead) || row.stream != stream || row.xid != xid)
+			return;
+		MmreplEnsure(found < place.rows, "queue holds more chunks than were written");
+		chunks[found++] = {row.seq, tid};
+	});
+	qsort(chunks, found, sizeof(ChunkRef), CompareChunks);
+	*count = found;
+	return chunks;
+}
+
+/* Fetch one row by its place and hand it, decoded, to fn; false when it is not there. */
+template <typename Fn>
+static bool
+FetchRow(Relation rel, const ItemPointerData &tid, Fn fn)
+{
+	HeapTupleData tuple;
+	Buffer buffer;
+	Row row;
+
+	tuple.t_self = tid;
+	if (!heap_fetch(rel, GetActiveSnapshot(), &tuple, &buffer, false))
+		return false;
+	DecodeRow(&tuple, RelationGetDescr(rel), &row);
+	fn(row);
+	ReleaseBuffer(buffer);
+	return true;
+}
+
+void
+OpenCursor(Cursor *cursor, const Place &place, int32 stream, uint64 xid)
+{
+	Relation rel = table_open(catalog::GetRelations().queue[place.table], AccessShareLock);
+
+	*cursor = {};
+	cursor->place = place;
+	WithLatestSnapshot(
+		[&] { cursor->chunks = FindChunks(rel, place, stream, xid, &cursor->count); });
+	table_close(rel, AccessShareLock);
+}
+
+/* Append the next chunk's bytes; false when its segment is complete with it. */
+static bool
+JoinSlice(Relation rel, Cursor *cursor, StringInfo segment)
+{
+	const ChunkRef &chunk = cursor->chunks[cursor->next];
+	bool there = FetchRow(rel, chunk.tid, [&](const Row &row) {
+		appendBinaryStringInfo(segment, row.payload, (int) row.payload_length);
+	});
+
+	MmreplEnsure(there, "a chunk row of the queue vanished");
+	cursor->next++;
+	return cursor->next < cursor->count &&
+		   cursor->chunks[cursor->next].seq >> kSliceBits == chunk.seq >> kSliceBits;
+}
+
+bool
+ReadSome(Cursor *cursor, uint64 max_bytes, SegmentSink sink, void *arg)
+{
+	Relation rel =
+		table_open(catalog::GetRelations().queue[cursor->place.table], AccessShareLock);
+	StringInfoData segment;
+	uint64 passed = 0;
+
+	initStringInfo(&segment);
+	WithLatestSnapshot([&] {
+		while (cursor->next < cursor->count && passed < max_bytes)
+		{
+			CHECK_FOR_INTERRUPTS();
+			resetStringInfo(&segment);
+			while (JoinSlice(rel, cursor, &segment))
+				;
+			sink(arg, segment.data, (uint32) segment.len);
+			passed += segment.len;
+		}
+	});
+	pfree(segment.data);
+	table_close(rel, AccessShareLock);
+	return cursor->next < cursor->count;
+}
+
+/* Fetch a head row and pass it, decoded, to fn. */
+template <typename Fn>
+static void
+WithHead(const Ref &ref, Fn fn)
+{
+	Relation rel = table_open(catalog::GetRelations().queue[ref.table], AccessShareLock);
+	bool there = WithLatestSnapshot([&] { return FetchRow(rel, ref.tid, fn); });
+
+	MmreplEnsure(there, "a head row of the queue vanished");
+	table_close(rel, AccessShareLock);
+}
+
+Place
+PlaceOf(const Ref &ref)
+{
+	Place place = {};
+
+	WithHead(ref, [&](const Row &row) { place = ReadPlace(row.payload, row.payload_length); });
+	return place;
+}
+
+void
+ReadSegments(const Ref &ref, int32 stream, SegmentSink sink, void *arg)
+{
+	if (ref.flags & kChunked)
+	{
+		Cursor cursor;
+
+		OpenCursor(&cursor, PlaceOf(ref), stream, ref.xid);
+		ReadSome(&cursor, PG_UINT64_MAX, sink, arg);
+		pfree(cursor.chunks);
+		return;
+	}
+	WithHead(ref, [&](const Row &row) {
+		WalkPayload(row.payload, row.payload_length, sink, arg);
+	});
+}
+
+bool
+RemoveHead(const Ref &ref)
+{
+	Relation rel = table_open(catalog::GetRelations().queue[ref.table], RowExclusiveLock);
+	ItemPointerData tid = ref.tid;
+	bool there = WithLatestSnapshot([&] { return FetchRow(rel, tid, [](const Row &) {}); });
+
+	if (there)
+		simple_heap_delete(rel, &tid);
+	table_close(rel, NoLock);
+	return there;
+}
+
+} // namespace mmrepl::queue

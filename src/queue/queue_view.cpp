@@ -1,0 +1,149 @@
+/*
+ * queue_view.cpp
+ *		mmrepl.queued_changes(): the queue as rows with SQL text, for sync_err_rec.
+ */
+#include "queue_internal.hpp"
+
+namespace mmrepl::queue
+{
+
+constexpr int kViewColumns = 11;
+constexpr int kRefsAtATime = 65536;
+
+struct View
+{
+	ReturnSetInfo *result;
+	const catalog::StreamRow *stream;
+	const char *server_name;
+	const Ref *ref;
+	const char *state;
+	int64 id;
+	MemoryContext per_segment;
+};
+
+static const char *
+KindName(change::Kind kind)
+{
+	switch (kind)
+	{
+		case change::kInsert:
+			return "INSERT";
+		case change::kUpdate:
+			return "UPDATE";
+		case change::kDelete:
+			return "DELETE";
+		default:
+			return "TRUNCATE";
+	}
+}
+
+static Datum
+NameDatum(const char *string)
+{
+	return DirectFunctionCall1(namein, CStringGetDatum(string));
+}
+
+static void
+PutChange(View *view, const change::Change *change)
+{
+	Datum values[kViewColumns];
+	bool nulls[kViewColumns] = {};
+	StringInfoData sql;
+
+	initStringInfo(&sql);
+	change::AppendSql(&sql, change);
+	values[0] = Int64GetDatum(++view->id);
+	values[1] = NameDatum(change->relation->local_schema);
+	values[2] = NameDatum(change->relation->local_table);
+	values[3] = CStringGetTextDatum(view->server_name);
+	values[4] = CStringGetTextDatum(sql.data);
+	values[5] = TimestampTzGetDatum(shmem::TicketTime(view->ref->ticket));
+	values[6] = Int64GetDatum((int64) view->ref->ticket);
+	values[7] = Int64GetDatum((int64) view->ref->xid);
+	values[8] = CStringGetTextDatum(KindName(change->kind));
+	values[9] = CStringGetTextDatum(view->state);
+	values[10] = Int32GetDatum(change->relation->pair_id);
+	nulls[10] = change->relation->pair_id == 0;
+	tuplestore_putvalues(view->result->setResult, view->result->setDesc, values, nulls);
+}
+
+/* SegmentSink: decode a segment's changes into rows. */
+static void
+PutSegment(void *arg, const char *data, uint32 length)
+{
+	View *view = (View *) arg;
+
+	InContext(view->per_segment, [&] {
+		change::Decoder decoder;
+		const change::Change *change;
+
+		change::StartDecoding(&decoder, data, length);
+		while ((change = change::Next(&decoder)) != NULL)
+			PutChange(view, change);
+	});
+	MemoryContextReset(view->per_segment);
+}
+
+/* What waits of one stream, oldest first, a bounded number of refs at a time. */
+static void
+PutStream(View *view)
+{
+	int slot = SlotOf(view->stream->id);
+	uint64 after = view->stream->confirmed;
+	uint64 blocked = 0;
+	bool complete = false;
+	bool first_round = true;
+
+	if (slot >= 0)
+	{
+		after = pg_atomic_read_u64(&shmem::Get().streams[slot].confirmed);
+		blocked = shmem::Get().streams[slot].blocked_ticket;
+	}
+	while (!complete)
+	{
+		int count;
+		uint64 shown = first_round ? 0 : after;
+		Ref *refs =
+			Collect(view->stream->id, after, PG_UINT64_MAX, kRefsAtATime, &count, &complete);
+
+		first_round = false;
+		for (int i = 0; i < count; i++)
+		{
+			if (refs[i].ticket <= shown) /* a prepared one, listed again */
+				continue;
+			view->ref = &refs[i];
+			view->state = refs[i].ticket == blocked		 ? "blocked"
+						  : (refs[i].flags & kInlined) ? "in doubt"
+														 : "queued";
+			ReadSegments(refs[i], view->stream->id, PutSegment, view);
+			after = Max(after, refs[i].ticket);
+		}
+		pfree(refs);
+	}
+}
+
+Datum
+SqlQueuedChanges(FunctionCallInfo fcinfo)
+{
+	View view = {};
+	ListCell *cell;
+
+	shmem::RequireReady();
+	InitMaterializedSRF(fcinfo, 0);
+	view.result = (ReturnSetInfo *) fcinfo->resultinfo;
+	view.per_segment =
+		AllocSetContextCreate(CurrentMemoryContext, "mmrepl queue view", ALLOCSET_DEFAULT_SIZES);
+	foreach (cell, catalog::AllStreams())
+	{
+		view.stream = (const catalog::StreamRow *) lfirst(cell);
+		ForeignServer *server = GetForeignServerExtended(view.stream->server, FSV_MISSING_OK);
+
+		if (!has_privs_of_role(GetUserId(), view.stream->owner))
+			continue;
+		view.server_name = server != NULL ? server->servername : "(dropped)";
+		PutStream(&view);
+	}
+	PG_RETURN_NULL();
+}
+
+} // namespace mmrepl::queue

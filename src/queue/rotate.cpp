@@ -1,0 +1,176 @@
+/*
+ * rotate.cpp
+ *		First use after a restart, rotation of the queue tables, and emptying them.
+ *
+ * New rows go to the active table.  When it is large and the next one is empty,
+ * the next one becomes active.  A table is emptied when its lock can be had at
+ * once (so neither a dump nor a writer nor a prepared transaction is using it)
+ * and every head row in it is at its peer.  It is truncated in place, as VACUUM
+ * does: no catalog row changes, no file is made.
+ */
+#include "queue_internal.hpp"
+
+namespace mmrepl::queue
+{
+
+/* ---- first use ---- */
+
+/* The highest ticket the queue knows, and the table that holds it. */
+static uint64
+HighestTicket(uint32 *table_of)
+{
+	uint64 highest = 0;
+
+	*table_of = 0;
+	WithLatestSnapshot([&] {
+		ScanQueue([&](uint32 table, const Row &row, const ItemPointerData &) {
+			if (row.ticket <= highest)
+				return;
+			highest = row.ticket;
+			*table_of = table;
+		});
+	});
+	return highest;
+}
+
+static uint64
+HighestConfirmed()
+{
+	uint64 highest = 0;
+	ListCell *cell;
+
+	foreach (cell, catalog::AllStreams())
+		highest = Max(highest, ((catalog::StreamRow *) lfirst(cell))->confirmed);
+	return highest;
+}
+
+/* The clock must not run behind tickets that were drawn before the restart. */
+static void
+RestoreClock(shmem::Database &database)
+{
+	shmem::State &state = shmem::Get();
+	uint32 table;
+	uint64 highest = HighestTicket(&table);
+
+	highest = Max(highest, HighestConfirmed());
+	pg_atomic_write_u32(&database.active_table, table);
+	SpinLockAcquire(&state.clock_mutex);
+	state.last_ticket = Max(state.last_ticket, highest);
+	SpinLockRelease(&state.clock_mutex);
+	pg_write_barrier();
+	pg_atomic_write_u32(&database.ready, 1);
+}
+
+void
+EnsureReady()
+{
+	shmem::Database &database = shmem::DatabaseOf(MyDatabaseId);
+
+	if (likely(pg_atomic_read_u32(&database.ready)))
+		return;
+	/* Catalog look-ups first: the lock below keeps interrupts out. */
+	(void) catalog::GetRelations();
+	LWLockAcquire(shmem::Get().startup, LW_EXCLUSIVE);
+	if (!pg_atomic_read_u32(&database.ready))
+		RestoreClock(database);
+	LWLockRelease(shmem::Get().startup);
+}
+
+/* ---- rotation ---- */
+
+static BlockNumber
+BlocksOf(uint32 table)
+{
+	Relation rel = table_open(catalog::GetRelations().queue[table], AccessShareLock);
+	BlockNumber blocks = RelationGetNumberOfBlocks(rel);
+
+	table_close(rel, AccessShareLock);
+	return blocks;
+}
+
+static void
+SwitchTable(shmem::Database &database)
+{
+	uint32 active = pg_atomic_read_u32(&database.active_table);
+	uint32 next = (active + 1) % shmem::kQueueTables;
+	uint64 limit = (uint64) guc::rotate_size * 1024 / BLCKSZ;
+
+	if (BlocksOf(active) >= limit && BlocksOf(next) == 0)
+		pg_atomic_write_u32(&database.active_table, next);
+}
+
+/* The position of a stream below which its rows may go; none left: everything may. */
+static uint64
+ConfirmedOf(int32 stream)
+{
+	int slot = SlotOf(stream);
+	catalog::StreamRow row = {};
+
+	if (slot >= 0)
+		return pg_atomic_read_u64(&shmem::Get().streams[slot].confirmed);
+	return catalog::ReadStreamRow(stream, &row) ? row.confirmed : PG_UINT64_MAX;
+}
+
+/* Whether every head row in the table is at its peer; the table is locked. */
+static bool
+AllConfirmed(Relation rel)
+{
+	bool all = true;
+	int32 known_stream = 0;
+	uint64 confirmed = 0;
+
+	WithLatestSnapshot([&] {
+		ScanTable(rel, InvalidBlockNumber, 0, [&](const Row &row, const ItemPointerData &) {
+			if (!all || !(row.flags & kHead))
+				return;
+			if (row.stream != known_stream)
+			{
+				known_stream = row.stream;
+				confirmed = ConfirmedOf(row.stream);
+			}
+			all = row.ticket <= confirmed &&
+				  (!(row.flags & kPrepared) || confirmed == PG_UINT64_MAX);
+		});
+	});
+	return all;
+}
+
+/* Empty one table if nobody uses it and nothing in it is needed. */
+static void
+EmptyTable(uint32 table)
+{
+	Oid oid = catalog::GetRelations().queue[table];
+
+	if (!ConditionalLockRelationOid(oid, AccessExclusiveLock))
+		return;
+	Relation rel = table_open(oid, NoLock);
+
+	if (AllConfirmed(rel))
+		table_relation_nontransactional_truncate(rel);
+	table_close(rel, NoLock);
+}
+
+/* One process of the database at a time; the lock ends with the transaction. */
+static bool
+TakeUpkeepLock()
+{
+	LOCKTAG tag;
+
+	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, catalog::GetRelations().queue[0], 0, 1);
+	return LockAcquire(&tag, ExclusiveLock, false, true) != LOCKACQUIRE_NOT_AVAIL;
+}
+
+void
+Rotate()
+{
+	shmem::Database &database = shmem::DatabaseOf(MyDatabaseId);
+
+	if (!TakeUpkeepLock())
+		return;
+	SwitchTable(database);
+	for (uint32 table = 0; table < shmem::kQueueTables; table++)
+		if (table != pg_atomic_read_u32(&database.active_table) && BlocksOf(table) > 0)
+			EmptyTable(table);
+}
+
+} // namespace mmrepl::queue

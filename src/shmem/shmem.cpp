@@ -1,0 +1,348 @@
+/*
+ * shmem.cpp
+ *		Shared memory: request, set-up, and the registry of streams and databases.
+ */
+#include "mmrepl/shmem.hpp"
+
+namespace mmrepl::shmem
+{
+
+constexpr int kMaxRegions = 4;
+
+struct Region
+{
+	const char *name;
+	Size (*size)();
+	void (*init)(bool found, void *where);
+};
+
+static Region regions[kMaxRegions];
+static int n_regions;
+static State *state;
+static InFlight *slots;
+static char *rings;
+static shmem_request_hook_type previous_request_hook;
+static shmem_startup_hook_type previous_startup_hook;
+
+void
+AddRegion(const char *name, Size (*size)(), void (*init)(bool found, void *where))
+{
+	Assert(n_regions < kMaxRegions);
+	regions[n_regions++] = {name, size, init};
+}
+
+/* Processes that can hold a ticket: every PGPROC's index is below this. */
+static int
+CountSlots()
+{
+	return MaxBackends + NUM_AUXILIARY_PROCS + max_prepared_xacts;
+}
+
+uint64
+RingBytes()
+{
+	return (uint64) guc::ring_size * 1024;
+}
+
+static Size
+RingsSize()
+{
+	return mul_size(guc::max_servers, RingBytes());
+}
+
+/* shmem_request_hook: every byte and lock that Startup() will take. */
+static void
+Request()
+{
+	if (previous_request_hook)
+		previous_request_hook();
+	RequestAddinShmemSpace(MAXALIGN(sizeof(State)));
+	RequestAddinShmemSpace(mul_size(CountSlots(), sizeof(InFlight)));
+	RequestAddinShmemSpace(RingsSize());
+	for (int i = 0; i < n_regions; i++)
+		RequestAddinShmemSpace(regions[i].size());
+	RequestNamedLWLockTranche("mmrepl", 2);
+}
+
+static void
+InitStream(Stream *stream)
+{
+	memset(stream, 0, sizeof(*stream));
+	SpinLockInit(&stream->mutex);
+	ConditionVariableInit(&stream->confirmed_cv);
+}
+
+static void
+InitState()
+{
+	LWLockPadded *locks = GetNamedLWLockTranche("mmrepl");
+
+	memset(state, 0, sizeof(*state));
+	state->registry = &locks[0].lock;
+	state->startup = &locks[1].lock;
+	SpinLockInit(&state->clock_mutex);
+	state->last_ticket = ClockNow();
+	state->n_slots = CountSlots();
+	for (Stream &stream : state->streams)
+		InitStream(&stream);
+}
+
+/* shmem_startup_hook: runs in the postmaster, again after a crash-restart. */
+static void
+Startup()
+{
+	bool found;
+
+	if (previous_startup_hook)
+		previous_startup_hook();
+	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
+	state = (State *) ShmemInitStruct("mmrepl state", sizeof(State), &found);
+	if (!found)
+		InitState();
+	slots = (InFlight *) ShmemInitStruct("mmrepl in-flight tickets",
+										 mul_size(CountSlots(), sizeof(InFlight)), &found);
+	if (!found)
+		memset(slots, 0, mul_size(CountSlots(), sizeof(InFlight)));
+	rings = (char *) ShmemInitStruct("mmrepl rings", RingsSize(), &found);
+	for (int i = 0; i < n_regions; i++)
+	{
+		void *where = ShmemInitStruct(regions[i].name, regions[i].size(), &found);
+
+		regions[i].init(found, where);
+	}
+	LWLockRelease(AddinShmemInitLock);
+}
+
+void
+Init()
+{
+	previous_request_hook = shmem_request_hook;
+	shmem_request_hook = Request;
+	previous_startup_hook = shmem_startup_hook;
+	shmem_startup_hook = Startup;
+}
+
+bool
+Ready()
+{
+	return state != NULL;
+}
+
+void
+RequireReady()
+{
+	if (state == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_MMREPL_NOT_PRELOADED),
+				 errmsg("mmrepl_bgw must be loaded through \"shared_preload_libraries\""),
+				 errdetail("Without it changes could neither be ordered nor delivered."),
+				 errhint("Add mmrepl_bgw to \"shared_preload_libraries\" (list it first) and "
+						 "restart the server.")));
+}
+
+State &
+Get()
+{
+	return *state;
+}
+
+InFlight &
+SlotOf(int process_index)
+{
+	return slots[process_index];
+}
+
+InFlight &
+MySlot()
+{
+	return slots[MyProcIndex()];
+}
+
+char *
+RingOf(int index)
+{
+	return rings + (Size) index * RingBytes();
+}
+
+/* The slot of a stream; the registry lock is held. */
+static int
+FindStreamLocked(Oid database, int32 id)
+{
+	for (int i = 0; i < guc::max_servers; i++)
+	{
+		const Stream &stream = state->streams[i];
+
+		if (stream.in_use && stream.database == database && stream.id == id)
+			return i;
+	}
+	return -1;
+}
+
+int
+FindStream(Oid database, int32 id)
+{
+	LWLockAcquire(state->registry, LW_SHARED);
+	int index = FindStreamLocked(database, id);
+	LWLockRelease(state->registry);
+	return index;
+}
+
+/*
+ * Give a free slot to a stream.  Tickets drawn before this moment may not be in
+ * its ring: they are in the gap, and the tables have them.
+ */
+static void
+ActivateStream(Stream *stream, uint64 confirmed)
+{
+	pg_atomic_write_u64(&stream->confirmed, confirmed);
+	pg_atomic_write_u64(&stream->ring_head, 0);
+	pg_atomic_write_u64(&stream->ring_tail, 0);
+	SpinLockAcquire(&state->clock_mutex);
+	pg_atomic_write_u64(&stream->ring_gap, state->last_ticket);
+	stream->last_ticket = state->last_ticket;
+	stream->in_use = true;
+	state->registrations++;
+	SpinLockRelease(&state->clock_mutex);
+}
+
+static void
+DeactivateStream(Stream *stream)
+{
+	SpinLockAcquire(&state->clock_mutex);
+	stream->in_use = false;
+	state->registrations++;
+	SpinLockRelease(&state->clock_mutex);
+}
+
+int
+RegisterStream(Oid database, int32 id, Oid server, Oid owner, uint64 confirmed, bool paused)
+{
+	LWLockAcquire(state->registry, LW_EXCLUSIVE);
+	int index = FindStreamLocked(database, id);
+
+	/* The extension was dropped and made again: the number means another stream now. */
+	if (index >= 0 && (state->streams[index].server != server ||
+					   state->streams[index].owner != owner))
+	{
+		DeactivateStream(&state->streams[index]);
+		index = -1;
+	}
+	for (int i = 0; index < 0 && i < guc::max_servers; i++)
+	{
+		Stream *stream = &state->streams[i];
+
+		if (stream->in_use)
+			continue;
+		InitStream(stream);
+		stream->database = database;
+		stream->id = id;
+		stream->server = server;
+		stream->owner = owner;
+		stream->paused = paused;
+		stream->state = paused ? WorkerState::Paused : WorkerState::Starting;
+		pg_atomic_write_u64(&stream->counters.reset_at, (uint64) GetCurrentTimestamp());
+		ActivateStream(stream, confirmed);
+		index = i;
+	}
+	LWLockRelease(state->registry);
+	return index;
+}
+
+void
+UnregisterStream(int index)
+{
+	LWLockAcquire(state->registry, LW_EXCLUSIVE);
+	DeactivateStream(&state->streams[index]);
+	LWLockRelease(state->registry);
+}
+
+/* This process's database block, found once. */
+static Database *
+FindDatabase(Oid database, bool take)
+{
+	Database *free_one = NULL;
+
+	for (Database &each : state->databases)
+	{
+		if (each.oid == database)
+			return &each;
+		if (!OidIsValid(each.oid) && free_one == NULL)
+			free_one = &each;
+	}
+	if (take && free_one != NULL)
+	{
+		pg_atomic_write_u32(&free_one->ready, 0);
+		pg_atomic_write_u32(&free_one->active_table, 0);
+		pg_atomic_write_u32(&free_one->late_pending, 0);
+		pg_atomic_write_u32(&free_one->late_events, 0);
+		pg_atomic_write_u32(&free_one->scout_wanted, 0);
+		pg_write_barrier();
+		free_one->oid = database;
+		return free_one;
+	}
+	return NULL;
+}
+
+static Database *mine;
+
+Database &
+DatabaseOf(Oid database)
+{
+	if (mine != NULL && mine->oid == database)
+		return *mine;
+	LWLockAcquire(state->registry, LW_EXCLUSIVE);
+	mine = FindDatabase(database, true);
+	LWLockRelease(state->registry);
+	if (mine == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
+				 errmsg("mmrepl_bgw is in use in too many databases of this cluster"),
+				 errdetail("At most %d databases can hold replicated tables.", kMaxDatabases)));
+	return *mine;
+}
+
+void
+WakeWorker(Stream &stream)
+{
+	SpinLockAcquire(&stream.mutex);
+	Latch *latch = stream.worker_latch;
+	SpinLockRelease(&stream.mutex);
+	if (latch != NULL)
+		SetLatch(latch);
+}
+
+void
+RequestScout()
+{
+	if (mine != NULL)
+		pg_atomic_write_u32(&mine->scout_wanted, 1);
+	WakeLauncher();
+}
+
+void
+WakeLauncher()
+{
+	Latch *latch = state->launcher_latch;
+
+	if (latch != NULL)
+		SetLatch(latch);
+}
+
+void
+WakeWorkersOf(Oid database)
+{
+	for (int i = 0; i < guc::max_servers; i++)
+	{
+		Stream &stream = state->streams[i];
+
+		if (!stream.in_use || stream.database != database)
+			continue;
+		SpinLockAcquire(&stream.mutex);
+		stream.attention++;
+		stream.retry_now = true;
+		SpinLockRelease(&stream.mutex);
+		WakeWorker(stream);
+	}
+}
+
+} // namespace mmrepl::shmem

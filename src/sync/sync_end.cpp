@@ -1,0 +1,161 @@
+/*
+ * sync_end.cpp
+ *		The ends of subtransactions and of the transaction, from their callbacks.
+ *
+ * Nothing here raises, and nothing allocates: an error in a COMMIT callback
+ * would be a PANIC.
+ */
+#include "sync_internal.hpp"
+
+#include "mmrepl/guc.hpp"
+
+namespace mmrepl::sync
+{
+
+namespace
+{
+
+constexpr int kMaxQuietTimeout = 5000; /* ms */
+constexpr int kRollbackTimeout = 1000; /* ms: closing the connection does it as well */
+
+/* The nest level that the peer is at when savepoints that are to be released do not count. */
+int
+EffectiveLevel(const Work *work)
+{
+	return work->release_level > 0 ? work->release_level - 1 : work->remote_level;
+}
+
+/* Whether the work's connection is open, and not a successor at the same address. */
+bool
+IsHeld(const Work *work)
+{
+	const connection::Notes *notes = work->conn == NULL ? NULL : connection::NotesOf(work->conn);
+
+	return notes != NULL && notes->serial == work->serial;
+}
+
+} // namespace
+
+/* Bound of a command that runs in a callback, in milliseconds. */
+int
+QuietTimeout()
+{
+	return Min(guc::sync_timeout, kMaxQuietTimeout);
+}
+
+/* Whether the connection is the one on which the remote transaction was begun, and alive. */
+bool
+Usable(const Work *work)
+{
+	return IsHeld(work) && PQstatus(work->conn) == CONNECTION_OK;
+}
+
+/* Forget the connection and what was sent over it; the cached connection stays open. */
+void
+Reset(Work *work)
+{
+	work->conn = NULL;
+	work->begun = false;
+	work->remote_level = 1;
+	work->release_level = 0;
+	work->parts = 0;
+	work->serial = 0;
+}
+
+/*
+ * Close the connection and remember what is lost: a broken work counts as begun,
+ * so that nobody commits without asking it.
+ */
+void
+Drop(Work *work, uint32 kept)
+{
+	if (IsHeld(work))
+		connection::DropCached(work->server, work->owner);
+	Reset(work);
+	if (kept > 0)
+		work->broken = work->begun = true;
+}
+
+/* The same, after asking the peer to stop what still runs there. */
+void
+Abandon(Work *work, uint32 kept)
+{
+	if (IsHeld(work))
+		connection::Cancel(work->conn);
+	Drop(work, kept);
+}
+
+/* Roll the remote transaction back, by closing the connection if need be. */
+void
+RollBack(Work *work)
+{
+	if (work->begun && Usable(work) &&
+		connection::ExecQuietly(work->conn, "ROLLBACK", kRollbackTimeout))
+		Reset(work);
+	else
+		Drop(work, 0);
+}
+
+/*
+ * A subtransaction of that level has become part of its parent.  Its savepoint
+ * is released with the next thing that is sent: COMMIT releases them all.
+ */
+void
+SubCommit(Work *work, int nest_level)
+{
+	if (work->begun && EffectiveLevel(work) >= nest_level)
+		work->release_level = nest_level;
+}
+
+/*
+ * A subtransaction of that level is undone: so is what it did at the peer, which
+ * also repairs a remote transaction that failed in it.
+ */
+void
+SubAbort(Work *work, int nest_level)
+{
+	char sql[96];
+
+	if (!work->begun || work->broken || EffectiveLevel(work) < nest_level)
+		return;
+	snprintf(sql, sizeof(sql), "ROLLBACK TO SAVEPOINT s%d; RELEASE SAVEPOINT s%d", nest_level,
+			 nest_level);
+	if (Usable(work) && connection::ExecQuietly(work->conn, sql, QuietTimeout()))
+	{
+		work->remote_level = nest_level - 1;
+		work->release_level = 0;
+	}
+	else
+		Drop(work, work->parts);
+}
+
+/*
+ * COMMIT at the peer; true when it was confirmed.  Anything else leaves it in
+ * doubt, and the worker completes it from the queue.  A slow COMMIT is not
+ * cancelled: it may be waiting for a standby of the peer, which it would then
+ * not do any more.
+ */
+bool
+Commit(Work *work)
+{
+	if (!work->begun || work->broken || !Usable(work) ||
+		PQtransactionStatus(work->conn) != PQTRANS_INTRANS ||
+		!connection::ExecQuietly(work->conn, "COMMIT", QuietTimeout()))
+	{
+		Drop(work, work->parts);
+		return false;
+	}
+	Reset(work);
+	return true;
+}
+
+/* ROLLBACK at the peer, or close the connection. */
+void
+Abort(Work *work)
+{
+	if (work->conn != NULL)
+		RollBack(work);
+	Reset(work);
+}
+
+} // namespace mmrepl::sync

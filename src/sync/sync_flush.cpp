@@ -1,0 +1,277 @@
+/*
+ * sync_flush.cpp
+ *		Executing a transaction's segments at the peer while it runs.
+ */
+#include "sync_internal.hpp"
+
+#include "mmrepl/catalog.hpp"
+#include "mmrepl/delivery.hpp"
+#include "mmrepl/guc.hpp"
+
+namespace mmrepl::sync
+{
+
+namespace
+{
+
+using change::Segment;
+using connection::Failure;
+
+/* The first segment that the peer does not have, NULL when it has them all. */
+Segment *
+FirstUnsent(Segment *segment)
+{
+	while (segment != NULL && segment->sent)
+		segment = segment->next;
+	return segment;
+}
+
+/*
+ * How long a lock may be waited for at the peer.  A deadlock across nodes is
+ * invisible to both; of the two nodes the one with the higher id waits twice as
+ * long, so that only one of the two transactions has to go.
+ */
+int
+LockTimeout(const pg_uuid_t &peer)
+{
+	pg_uuid_t node = catalog::NodeId();
+	int64 base = guc::sync_lock_timeout > 0 ? guc::sync_lock_timeout : 2 * (int64) DeadlockTimeout;
+
+	if (memcmp(node.data, peer.data, UUID_LEN) > 0)
+		base *= 2;
+	return (int) Min(base, INT_MAX);
+}
+
+/* A command that failed: was the session lost with it, or did it stay silent? */
+Outcome
+Judge(const Work *work, const Failure *failure)
+{
+	if (failure->sqlstate == ERRCODE_MMREPL_SYNC_TIMEOUT || connection::WasLost(work->conn, NULL))
+		return Outcome::Lost;
+	return Outcome::Refused;
+}
+
+/* Learn who the peer is, once for a connection. */
+Outcome
+Introduce(const Request &request, connection::Notes *notes)
+{
+	Work *work = request.work;
+	delivery::Peer peer;
+
+	if (notes->peer_known)
+		return Outcome::Done;
+	if (delivery::TryHello(work->conn, catalog::NodeId(), work->stream, request.deadline, &peer,
+						   request.failure))
+		return Outcome::Done;
+	return Judge(work, request.failure);
+}
+
+/*
+ * Give the peer's session our lock_timeout where it has another one.  It is set
+ * for the session, not in each transaction: that saves a command every time.
+ */
+Outcome
+SetLockTimeout(const Request &request, connection::Notes *notes)
+{
+	int timeout = LockTimeout(notes->peer_node);
+	char sql[64];
+	PGresult *res;
+
+	if (notes->lock_timeout == timeout)
+		return Outcome::Done;
+	snprintf(sql, sizeof(sql), "SET lock_timeout = %d", timeout);
+	res = connection::TryExec(request.work->conn, sql, 0, NULL, request.deadline, request.failure);
+	if (res == NULL)
+		return Judge(request.work, request.failure);
+	PQclear(res);
+	notes->lock_timeout = timeout;
+	return Outcome::Done;
+}
+
+/*
+ * The session's cached connection with no transaction open on it; NULL with the
+ * failure filled when the peer cannot be reached.
+ */
+PGconn *
+IdleConnection(const Request &request, bool *fresh)
+{
+	const Work *work = request.work;
+	TimestampTz deadline = Min(request.deadline, connection::DeadlineIn(guc::connect_timeout));
+	PGconn *conn =
+		connection::TryCached(work->server, work->owner, deadline, fresh, request.failure);
+
+	if (conn == NULL || PQtransactionStatus(conn) == PQTRANS_IDLE)
+		return conn;
+
+	/* Somebody left a transaction open; it is not this one's. */
+	connection::DropCached(work->server, work->owner);
+	return connection::TryCached(work->server, work->owner, deadline, fresh, request.failure);
+}
+
+/* Send everything from first on; *fresh tells whether a connection was made for it. */
+Outcome
+Converse(const Request &request, Segment *first, bool *fresh)
+{
+	Segment *next = first;
+	Outcome outcome = Outcome::Done;
+
+	if (!request.work->begun)
+		outcome = Reach(request, fresh);
+	while (outcome == Outcome::Done && next != NULL)
+	{
+		outcome = SendPart(request, &next);
+		next = FirstUnsent(next);
+	}
+	return outcome;
+}
+
+/*
+ * The same, with the work left in order whatever happens: an error of ours
+ * (a cancel, above all) or a lost session abandons the remote transaction.
+ */
+Outcome
+ConverseSafely(const Request &request, Segment *first, bool *fresh)
+{
+	Work *work = request.work;
+	uint32 kept = work->parts;
+	Outcome outcome = Outcome::Done;
+
+	*fresh = false;
+	Guarded([&] { outcome = Converse(request, first, fresh); }, [&] { Abandon(work, kept); });
+	if (outcome == Outcome::Lost)
+		Abandon(work, kept);
+	else if (outcome == Outcome::Refused && !work->begun)
+		Reset(work);
+	else if (outcome == Outcome::Refused)
+	{
+		/* The savepoint of a subtransaction repairs it; without one nothing does. */
+		if (request.nest_level > 1 && work->remote_level >= request.nest_level &&
+			work->release_level == 0)
+			return outcome;
+		if (kept == 0)
+			RollBack(work);
+		else
+			work->broken = true;
+	}
+	return outcome;
+}
+
+/* Raise what the peer refused; a lock wait that was too long is a deadlock to the user. */
+[[noreturn]] void
+RaiseRefusal(const Work *work, const Failure *failure, const char *command)
+{
+	if (failure->sqlstate == ERRCODE_LOCK_NOT_AVAILABLE)
+		ereport(ERROR,
+				(errcode(ERRCODE_T_R_DEADLOCK_DETECTED),
+				 errmsg("deadlock or lock wait across nodes"),
+				 errdetail("Server \"%s\" says: %s", work->server_name, failure->message),
+				 errhint("Retry the transaction."),
+				 failure->context ? (errcontext("%s", failure->context)) : 0,
+				 errcontext("remote command on server \"%s\": %s", work->server_name, command)));
+	connection::ReportFailure(failure, work->server_name, command);
+}
+
+/* Raise unless the remote transaction, if one was begun, is there and can be used. */
+void
+RequireUsable(Work *work)
+{
+	if (work->begun && !Usable(work))
+		work->broken = true;
+	if (work->broken)
+		ereport(ERROR, (errcode(ERRCODE_CONNECTION_FAILURE),
+						errmsg("the transaction at server \"%s\" was lost", work->server_name),
+						errdetail("What this transaction had done there is undone."),
+						errhint("Roll back and retry the transaction.")));
+}
+
+} // namespace
+
+/* A work without a connection yet; lives as long as the transaction. */
+Work *
+Start(int32 stream, Oid server, Oid owner, const char *server_name)
+{
+	Work *work = (Work *) MemoryContextAllocZero(TopTransactionContext, sizeof(Work));
+
+	work->stream = stream;
+	work->server = server;
+	work->owner = owner;
+	work->server_name = MemoryContextStrdup(TopTransactionContext, server_name);
+	work->remote_level = 1;
+	return work;
+}
+
+/* Get a connection that is ready for BEGIN; see the private header. */
+Outcome
+Reach(const Request &request, bool *fresh)
+{
+	Work *work = request.work;
+	connection::Notes *notes;
+	Outcome outcome;
+
+	work->conn = IdleConnection(request, fresh);
+	if (work->conn == NULL)
+		return Outcome::Lost;
+	notes = connection::NotesOf(work->conn);
+	work->serial = notes->serial;
+	outcome = Introduce(request, notes);
+	if (outcome == Outcome::Done)
+		outcome = SetLockTimeout(request, notes);
+	return outcome;
+}
+
+/*
+ * Execute the unsent segments at the peer; the door says what comes of it.  A
+ * cached connection that turns out dead at its first use is replaced once:
+ * nothing of this transaction stands at the peer then.
+ */
+bool
+Flush(Work *work, Segment *first, int64 changes, uint64 xid, int nest_level, Failure *failure)
+{
+	Request request = {work, xid, nest_level, connection::DeadlineIn(guc::sync_timeout), failure};
+	Segment *unsent = FirstUnsent(first);
+	bool begun = work->begun;
+	bool fresh;
+	Outcome outcome;
+
+	if (unsent == NULL)
+		return true;
+	RequireUsable(work);
+	outcome = ConverseSafely(request, unsent, &fresh);
+	if (outcome == Outcome::Lost && !begun && !fresh &&
+		failure->sqlstate != ERRCODE_MMREPL_SYNC_TIMEOUT)
+		outcome = ConverseSafely(request, unsent, &fresh);
+
+	if (outcome == Outcome::Refused)
+		RaiseRefusal(work, failure, psprintf("apply of " INT64_FORMAT " changes", changes));
+	if (outcome == Outcome::Lost)
+		return false;
+	for (Segment *segment = unsent; segment != NULL; segment = segment->next)
+		segment->sent = true;
+	return true;
+}
+
+/* Let the peer check its deferred constraints now; raises as Flush does. */
+void
+BeforeCommit(Work *work)
+{
+	constexpr const char *kCommand = "SET CONSTRAINTS ALL IMMEDIATE";
+	TimestampTz deadline = connection::DeadlineIn(guc::sync_timeout);
+	Failure failure;
+	PGresult *res = NULL;
+
+	RequireUsable(work);
+	if (!work->begun)
+		return;
+	Guarded([&] { res = connection::TryExec(work->conn, kCommand, 0, NULL, deadline, &failure); },
+			[&] { Abandon(work, work->parts); });
+	PQclear(res);
+	if (res != NULL)
+		return;
+	if (Judge(work, &failure) == Outcome::Lost)
+		Abandon(work, work->parts);
+	else
+		work->broken = true;
+	RaiseRefusal(work, &failure, kCommand);
+}
+
+} // namespace mmrepl::sync

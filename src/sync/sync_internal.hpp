@@ -1,0 +1,63 @@
+/*
+ * sync_internal.hpp
+ *		What the files of the room sync share.
+ */
+#pragma once
+
+#include "mmrepl/sync.hpp"
+
+namespace mmrepl::sync
+{
+
+/* How a conversation with the peer ended. */
+enum class Outcome
+{
+	Done,
+	Refused, /* the peer raised an error; the session is there */
+	Lost	 /* the session is gone, or silent until the deadline */
+};
+
+/* Something to be executed at the peer. */
+struct Request
+{
+	Work *work;
+	uint64 xid;
+	int nest_level;
+	TimestampTz deadline;
+	connection::Failure *failure; /* filled unless Done */
+};
+
+/*
+ * Get the session's connection into the work, introduced to the peer and with
+ * the right lock_timeout; *fresh tells that it was just made.
+ */
+Outcome Reach(const Request &request, bool *fresh);
+
+/*
+ * Send the next part of the unsent segments from *next on, with whatever has to
+ * be done before it, and wait for the answers; moves *next behind the part.
+ */
+Outcome SendPart(const Request &request, change::Segment **next);
+
+/* Whether the work's remote transaction is still there and can be used. */
+bool Usable(const Work *work);
+
+/* Forget the connection and what was sent over it; raises nothing. */
+void Reset(Work *work);
+
+/*
+ * The remote transaction is lost: close the connection.  What the first `kept`
+ * batches held is lost as well, so with any the work is broken.  Raises nothing.
+ */
+void Drop(Work *work, uint32 kept);
+
+/* The same, after asking the peer to stop what still runs there. */
+void Abandon(Work *work, uint32 kept);
+
+/* Roll the remote transaction back, by closing the connection if need be; raises nothing. */
+void RollBack(Work *work);
+
+/* Bound of a command that runs in a callback, in milliseconds. */
+int QuietTimeout();
+
+} // namespace mmrepl::sync

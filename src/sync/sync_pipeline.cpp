@@ -1,0 +1,270 @@
+/*
+ * sync_pipeline.cpp
+ *		One round trip of a remote transaction: everything that has to happen at
+ *		the peer for a part of the segments goes out in one libpq pipeline.
+ *
+ * In the pipeline stand, as far as they are needed: BEGIN, the release of
+ * savepoints of ended subtransactions, the marker, savepoints up to the current
+ * nest level, apply().  The marker of a transaction that first writes in a
+ * subtransaction travels in a batch of its own before the savepoints, so that no
+ * ROLLBACK TO SAVEPOINT can take it away.  Answers come in the same order, and
+ * each moves the work by one step: whatever happens, the work knows where the
+ * peer stands.
+ */
+#include "sync_internal.hpp"
+
+#include "mmrepl/catalog.hpp"
+#include "mmrepl/delivery.hpp"
+
+namespace mmrepl::sync
+{
+
+namespace
+{
+
+using change::Segment;
+
+constexpr int kPartBytes = 4 * 1024 * 1024; /* of segments in one batch */
+
+/* What a successful answer means for the work. */
+enum Step : char
+{
+	kBegin = 'B',
+	kRelease = 'R',
+	kSavepoint = 'S',
+	kApply = 'A'
+};
+
+/* A pipeline under way: the steps sent, and where the peer stands after them. */
+struct Pipeline
+{
+	const Request *request;
+	PGconn *conn;
+	StringInfoData steps;
+	uint32 parts;
+	bool sent; /* false: libpq refused to send */
+};
+
+/* Queue a command without parameters. */
+void
+QueueSql(Pipeline *pipeline, Step step, const char *sql)
+{
+	if (!pipeline->sent)
+		return;
+	pipeline->sent = PQsendQueryParams(pipeline->conn, sql, 0, NULL, NULL, NULL, NULL, 0) == 1;
+	appendStringInfoChar(&pipeline->steps, step);
+}
+
+/* Microseconds since the Unix epoch, which is what the ticket clock counts. */
+uint64
+ClockNow()
+{
+	constexpr int64 kEpochs = (int64) (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * USECS_PER_DAY;
+
+	return (uint64) (GetCurrentTimestamp() + kEpochs);
+}
+
+/* Queue a batch of the segments from first up to, not including, end. */
+void
+QueueBatch(Pipeline *pipeline, const Segment *first, const Segment *end)
+{
+	const Request *request = pipeline->request;
+	delivery::Batch batch;
+	delivery::Header header = {};
+
+	if (!pipeline->sent)
+		return;
+	header.flags = batch::kInline | (pipeline->parts == 0 ? batch::kFirst : 0);
+	header.node = catalog::NodeId();
+	header.stream = request->work->stream;
+	header.clock = ClockNow();
+	header.part = pipeline->parts;
+
+	delivery::Begin(&batch, header);
+	delivery::AddTransaction(&batch, 0, request->xid, 0, 0);
+	for (const Segment *segment = first; segment != end; segment = segment->next)
+	{
+		if (segment->sent)
+			continue;
+		MmreplEnsure(!segment->spilled, "segment %u was spilled before it was sent", segment->seq);
+		delivery::AddSegment(&batch, segment->data + VARHDRSZ, segment->length);
+		batch.changes += segment->changes;
+	}
+	pipeline->sent = delivery::Send(pipeline->conn, &batch);
+	pipeline->parts++;
+	appendStringInfoChar(&pipeline->steps, kApply);
+	pfree(batch.buf.data);
+}
+
+/* Queue what must stand at the peer before the segments do. */
+void
+QueuePrelude(Pipeline *pipeline)
+{
+	const Request *request = pipeline->request;
+	const Work *work = request->work;
+	int level = work->begun ? work->remote_level : 1;
+	char sql[64];
+
+	if (!work->begun)
+		QueueSql(pipeline, kBegin, "BEGIN ISOLATION LEVEL READ COMMITTED");
+	if (work->release_level > 0)
+	{
+		snprintf(sql, sizeof(sql), "RELEASE SAVEPOINT s%d", work->release_level);
+		QueueSql(pipeline, kRelease, sql);
+		level = work->release_level - 1;
+	}
+	if (work->parts == 0 && level < request->nest_level)
+		QueueBatch(pipeline, NULL, NULL);
+	while (++level <= request->nest_level)
+	{
+		snprintf(sql, sizeof(sql), "SAVEPOINT s%d", level);
+		QueueSql(pipeline, kSavepoint, sql);
+	}
+}
+
+/* The end of the part that starts at first: some megabytes further on, or NULL. */
+Segment *
+EndOfPart(Segment *first)
+{
+	Size bytes = 0;
+	Segment *segment = first;
+
+	while (segment != NULL && (segment == first || bytes + segment->length <= kPartBytes))
+	{
+		if (!segment->sent)
+			bytes += segment->length;
+		segment = segment->next;
+	}
+	return segment;
+}
+
+/* The peer has done a step. */
+void
+Advance(Work *work, char step)
+{
+	switch (step)
+	{
+		case kBegin:
+			work->begun = true;
+			work->remote_level = 1;
+			break;
+		case kRelease:
+			work->remote_level = work->release_level - 1;
+			work->release_level = 0;
+			break;
+		case kSavepoint:
+			work->remote_level++;
+			break;
+		case kApply:
+			work->parts++;
+			break;
+		default:
+			break;
+	}
+}
+
+/*
+ * Take one result in; *outcome becomes Refused at the first error, whose fields
+ * are kept (what follows it in the pipeline is only told to be aborted), and
+ * Lost when the session is over.
+ */
+void
+TakeResult(Pipeline *pipeline, const PGresult *res, char step, Outcome *outcome)
+{
+	ExecStatusType status = PQresultStatus(res);
+
+	if (status == PGRES_COMMAND_OK || status == PGRES_TUPLES_OK)
+	{
+		Advance(pipeline->request->work, step);
+		return;
+	}
+	if (*outcome == Outcome::Done)
+	{
+		connection::Describe(pipeline->conn, res, pipeline->request->failure);
+		*outcome = Outcome::Refused;
+	}
+	if (connection::WasLost(pipeline->conn, res))
+		*outcome = Outcome::Lost;
+}
+
+/* Fill the failure with what libpq says, unless the peer said something before. */
+Outcome
+LostUnless(Pipeline *pipeline, Outcome outcome)
+{
+	if (outcome == Outcome::Done)
+		connection::Describe(pipeline->conn, NULL, pipeline->request->failure);
+	return Outcome::Lost;
+}
+
+/* The peer is silent: neither refusal nor answer. */
+Outcome
+TimedOut(Pipeline *pipeline)
+{
+	connection::Failure *failure = pipeline->request->failure;
+
+	*failure = {};
+	failure->sqlstate = ERRCODE_MMREPL_SYNC_TIMEOUT;
+	failure->message =
+		psprintf("server \"%s\" did not answer in time", pipeline->request->work->server_name);
+	failure->hint = pstrdup("mmrepl.sync_timeout bounds the wait.");
+	return Outcome::Lost;
+}
+
+/* Collect all answers up to the end of the pipeline. */
+Outcome
+Collect(Pipeline *pipeline)
+{
+	Outcome outcome = Outcome::Done;
+	int step = 0;
+
+	for (;;)
+	{
+		PGresult *res;
+		bool end;
+
+		if (!connection::NextResult(pipeline->conn, pipeline->request->deadline, &res))
+			return TimedOut(pipeline);
+		if (res == NULL) /* one command is complete */
+		{
+			if (PQstatus(pipeline->conn) != CONNECTION_OK || step++ >= pipeline->steps.len)
+				return LostUnless(pipeline, outcome);
+			continue;
+		}
+		end = PQresultStatus(res) == PGRES_PIPELINE_SYNC;
+		if (!end)
+			TakeResult(pipeline, res, pipeline->steps.data[step], &outcome);
+		PQclear(res);
+		if (end || outcome == Outcome::Lost)
+			return outcome;
+	}
+}
+
+} // namespace
+
+/* One round trip with the next part of the segments; see the private header. */
+Outcome
+SendPart(const Request &request, Segment **next)
+{
+	Pipeline pipeline = {};
+	Segment *end = EndOfPart(*next);
+	Outcome outcome;
+
+	pipeline.request = &request;
+	pipeline.conn = request.work->conn;
+	pipeline.parts = request.work->parts;
+	pipeline.sent = PQenterPipelineMode(pipeline.conn) == 1;
+	initStringInfo(&pipeline.steps);
+
+	QueuePrelude(&pipeline);
+	QueueBatch(&pipeline, *next, end);
+	if (!pipeline.sent || PQpipelineSync(pipeline.conn) != 1)
+		return LostUnless(&pipeline, Outcome::Done);
+	outcome = Collect(&pipeline);
+	if (outcome != Outcome::Lost && PQexitPipelineMode(pipeline.conn) != 1)
+		outcome = LostUnless(&pipeline, outcome);
+	pfree(pipeline.steps.data);
+	*next = end;
+	return outcome;
+}
+
+} // namespace mmrepl::sync

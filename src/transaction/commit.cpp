@@ -1,0 +1,338 @@
+/*
+ * commit.cpp
+ *		The only (sub)transaction callbacks and statement hooks of the extension.
+ *
+ * Commit sequence of a transaction that captured something:
+ *	 PRE_COMMIT	1. what sync statements left behind is executed at the peers, and
+ *				   everything the peers may refuse is refused (they wait for COMMIT);
+ *				2. chunk rows, if any, are completed;
+ *				3. the ticket is drawn, published as in flight, ring entries reserved;
+ *				4. head rows are written, ring entries filled.
+ *	 COMMIT		5. the peers of sync work commit (bounded; a doubt is the worker's);
+ *				6. entries are settled, the ticket is no longer in flight, workers wake.
+ *	 ABORT		peers roll back, entries and ticket are settled as aborted.
+ * Steps 5 and 6 may not raise: an error there is a PANIC of the cluster.
+ */
+#include "transaction_internal.hpp"
+
+#include "mmrepl/apply.hpp"
+#include "mmrepl/origin.hpp"
+
+namespace mmrepl::transaction
+{
+
+static ExecutorFinish_hook_type previous_executor_finish;
+static ProcessUtility_hook_type previous_process_utility;
+
+/* ---- PRE_COMMIT ---- */
+
+/* Let every peer of sync work refuse what it is going to refuse. */
+static void
+FinishInline(bool prepare)
+{
+	FlushPending(GetCurrentTransactionNestLevel());
+	for (Work *work = current.works; work != NULL; work = work->next)
+	{
+		if (work->inlined == NULL || !work->inlined->begun)
+			continue;
+		if (prepare)
+			ereport(ERROR,
+					(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+					 errmsg("cannot PREPARE a transaction that was replicated synchronously"),
+					 errhint("Use SET LOCAL mmrepl.mode = 'async' in the transaction.")));
+		if (work->changes > 0)
+			sync::BeforeCommit(work->inlined);
+		ForceSyncCommit();
+	}
+}
+
+/* Collect the works that have something to queue, chunk rows complete. */
+static void
+PrepareParts(bool prepare)
+{
+	current.n_parts = 0;
+	for (Work *work = current.works; work != NULL; work = work->next)
+	{
+		if (work->changes == 0)
+			continue;
+		MmreplEnsure(current.n_parts < shmem::kMaxStreams, "too many streams in a transaction");
+		work->out.changes = (uint32) Min(work->changes, (int64) PG_UINT32_MAX);
+		work->out.flags = queue::kHead;
+		if (prepare)
+			work->out.flags |= queue::kPrepared;
+		if (work->inlined != NULL && work->inlined->begun)
+			work->out.flags |= queue::kInlined;
+		queue::PrepareHead(&work->out, work->first, current.context);
+		current.parts[current.n_parts++] = &work->out;
+	}
+}
+
+static void
+BeforeCommit(bool prepare)
+{
+	if (current.works == NULL)
+		return;
+	FinishInline(prepare);
+	PrepareParts(prepare);
+	current.written = true;
+	if (current.n_parts == 0)
+		return;
+	current.ticket = queue::DrawTicket(current.parts, current.n_parts, !prepare);
+	for (int i = 0; i < current.n_parts; i++)
+		queue::WriteHead(current.parts[i], current.ticket);
+}
+
+/* ---- after the end; nothing here may raise ---- */
+
+static void
+AddPairCounts()
+{
+	for (PairCount *count = current.counts; count != NULL; count = count->next)
+	{
+		if (count->counters == NULL)
+			continue;
+		pg_atomic_fetch_add_u64(&count->counters->inserts, count->inserts);
+		pg_atomic_fetch_add_u64(&count->counters->updates, count->updates);
+		pg_atomic_fetch_add_u64(&count->counters->deletes, count->deletes);
+		pg_atomic_fetch_add_u64(&count->counters->truncates, count->truncates);
+	}
+}
+
+static void
+CountSync(const Work *work, bool delivered)
+{
+	if (work->out.slot < 0)
+		return;
+	shmem::Counters &counters = shmem::Get().streams[work->out.slot].counters;
+
+	pg_atomic_fetch_add_u64(delivered ? &counters.sync_transactions : &counters.sync_failures, 1);
+}
+
+/* Commit at the peer; the fate tells whether the worker has anything left to do. */
+static queue::Fate
+EndInline(Work *work)
+{
+	if (work->inlined == NULL || !work->inlined->begun)
+		return queue::Fate::Committed;
+	if (work->changes == 0)
+	{
+		sync::Abort(work->inlined);
+		return queue::Fate::Committed;
+	}
+	bool delivered = sync::Commit(work->inlined);
+
+	CountSync(work, delivered);
+	return delivered ? queue::Fate::Delivered : queue::Fate::Committed;
+}
+
+static void
+SettleAll(queue::Fate fate)
+{
+	for (Work *work = current.works; work != NULL; work = work->next)
+	{
+		queue::Fate own = fate;
+
+		if (fate == queue::Fate::Committed)
+			own = EndInline(work);
+		else if (work->inlined != NULL)
+			sync::Abort(work->inlined);
+		if (current.ticket != 0 && work->changes > 0)
+			queue::Settle(&work->out, current.ticket, own);
+	}
+	if (current.ticket != 0)
+		queue::SettleTicket(current.parts, current.n_parts);
+}
+
+static void
+WakeOthers(bool committed)
+{
+	for (int slot = 0; current.wake_streams != 0; slot++, current.wake_streams >>= 1)
+		if (current.wake_streams & 1)
+			shmem::WakeWorker(shmem::Get().streams[slot]);
+	if (!committed || !shmem::Ready())
+		return;
+	if (current.wake_launcher)
+		shmem::RequestScout();
+	if (current.wake_workers)
+		shmem::WakeWorkersOf(MyDatabaseId);
+}
+
+static void
+AfterEnd(queue::Fate fate)
+{
+	if (current.works != NULL)
+	{
+		SettleAll(fate);
+		if (fate == queue::Fate::Committed)
+			AddPairCounts();
+	}
+	WakeOthers(fate == queue::Fate::Committed);
+	current = {};
+	origin::Reset();
+	apply::AtTransactionEnd();
+}
+
+static void
+OnXactEvent(XactEvent event, void *)
+{
+	switch (event)
+	{
+		case XACT_EVENT_PRE_COMMIT:
+			BeforeCommit(false);
+			break;
+		case XACT_EVENT_PRE_PREPARE:
+			BeforeCommit(true);
+			break;
+		case XACT_EVENT_COMMIT:
+			AfterEnd(queue::Fate::Committed);
+			break;
+		case XACT_EVENT_PREPARE:
+			AfterEnd(queue::Fate::Prepared);
+			break;
+		case XACT_EVENT_ABORT:
+			AfterEnd(queue::Fate::Aborted);
+			break;
+		default:
+			break;
+	}
+}
+
+/* ---- subtransactions ---- */
+
+static void
+BeforeSubCommit(int level)
+{
+	FlushPending(level);
+	for (Work *work = current.works; work != NULL; work = work->next)
+		if (work->inlined != NULL)
+			sync::SubCommit(work->inlined, level);
+}
+
+static void
+OnSubCommit(int level)
+{
+	for (Work *work = current.works; work != NULL; work = work->next)
+		MergeInto(work, level);
+}
+
+static void
+OnSubAbort(int level)
+{
+	for (Work *work = current.works; work != NULL; work = work->next)
+	{
+		if (work->inlined != NULL)
+			sync::SubAbort(work->inlined, level);
+		UndoTo(work, level);
+	}
+	current.pending_sync = false;
+}
+
+static void
+OnSubXactEvent(SubXactEvent event, SubTransactionId, SubTransactionId, void *)
+{
+	if (current.works == NULL)
+		return;
+	int level = GetCurrentTransactionNestLevel();
+
+	switch (event)
+	{
+		case SUBXACT_EVENT_START_SUB:
+			/* The parent's rows must not travel inside the child's savepoint. */
+			FlushPending(level - 1);
+			break;
+		case SUBXACT_EVENT_PRE_COMMIT_SUB:
+			BeforeSubCommit(level);
+			break;
+		case SUBXACT_EVENT_COMMIT_SUB:
+			OnSubCommit(level);
+			break;
+		case SUBXACT_EVENT_ABORT_SUB:
+			OnSubAbort(level);
+			break;
+	}
+}
+
+/* ---- statements ---- */
+
+/* After a statement's AFTER triggers: sync changes travel now. */
+static void
+AfterStatement()
+{
+	if (current.pending_sync && guc::sync_flush == guc::Flush::Statement && IsTransactionState())
+		FlushPending(GetCurrentTransactionNestLevel());
+}
+
+static void
+OnExecutorFinish(QueryDesc *query)
+{
+	if (previous_executor_finish)
+		previous_executor_finish(query);
+	else
+		standard_ExecutorFinish(query);
+	/* A referential action's query leaves its row events to the outer query. */
+	if (!(query->estate->es_top_eflags & EXEC_FLAG_SKIP_TRIGGERS))
+		AfterStatement();
+}
+
+static void
+RunUtility(PlannedStmt *statement, const char *text, bool read_only, ProcessUtilityContext context,
+		   ParamListInfo params, QueryEnvironment *environment, DestReceiver *dest,
+		   QueryCompletion *completion)
+{
+	if (previous_process_utility)
+		previous_process_utility(statement, text, read_only, context, params, environment, dest,
+								 completion);
+	else
+		standard_ProcessUtility(statement, text, read_only, context, params, environment, dest,
+								completion);
+}
+
+static bool
+IsCommitPrepared(const PlannedStmt *statement)
+{
+	return IsA(statement->utilityStmt, TransactionStmt) &&
+		   ((TransactionStmt *) statement->utilityStmt)->kind == TRANS_STMT_COMMIT_PREPARED;
+}
+
+/* Rows of a prepared transaction appear with an old ticket: workers must look for them. */
+static void
+EndLateCommit(shmem::Database &database)
+{
+	pg_atomic_fetch_add_u32(&database.late_events, 1);
+	pg_atomic_fetch_sub_u32(&database.late_pending, 1);
+	shmem::WakeWorkersOf(MyDatabaseId);
+}
+
+static void
+OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
+				 ProcessUtilityContext context, ParamListInfo params,
+				 QueryEnvironment *environment, DestReceiver *dest, QueryCompletion *completion)
+{
+	auto run = [&] {
+		RunUtility(statement, text, read_only, context, params, environment, dest, completion);
+	};
+
+	if (shmem::Ready() && IsCommitPrepared(statement))
+	{
+		shmem::Database &database = shmem::DatabaseOf(MyDatabaseId);
+
+		pg_atomic_fetch_add_u32(&database.late_pending, 1);
+		Ensured(run, [&] { EndLateCommit(database); });
+		return;
+	}
+	run();
+	AfterStatement();
+}
+
+void
+Init()
+{
+	RegisterXactCallback(OnXactEvent, NULL);
+	RegisterSubXactCallback(OnSubXactEvent, NULL);
+	previous_executor_finish = ExecutorFinish_hook;
+	ExecutorFinish_hook = OnExecutorFinish;
+	previous_process_utility = ProcessUtility_hook;
+	ProcessUtility_hook = OnProcessUtility;
+}
+
+} // namespace mmrepl::transaction

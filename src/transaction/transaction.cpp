@@ -1,0 +1,447 @@
+/*
+ * transaction.cpp
+ *		The buffer of the current transaction: segments, savepoint marks, spill,
+ *		and the inline flush of sync work.
+ *
+ * Spilling obeys one rule: chunk rows carry the id of the subtransaction that
+ * writes them, so only what that subtransaction captured itself may be written
+ * while it runs.  A mark per subtransaction says where its part begins.
+ */
+#include "transaction_internal.hpp"
+
+#include "mmrepl/catalog.hpp"
+
+namespace mmrepl::transaction
+{
+
+Current current;
+
+/* ---- works ---- */
+
+/* A sync change on a stream that had async ones: everything has to travel inline. */
+static void
+TurnSync(Work *work, bool queue_when_unreachable)
+{
+	if (work->degraded)
+		return;
+	if (!work->sync && work->spilled)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("cannot replicate synchronously to server \"%s\" in this transaction",
+						work->route.server_name),
+				 errdetail("Earlier changes of the transaction for this server were asynchronous "
+						   "and have been spilled to the queue."),
+				 errhint("Use SET LOCAL mmrepl.mode = 'sync' from the beginning of the "
+						 "transaction, or raise mmrepl.buffer_memory.")));
+	work->route.queue_when_unreachable =
+		queue_when_unreachable && (!work->sync || work->route.queue_when_unreachable);
+	if (work->sync)
+		return;
+	work->sync = true;
+	work->sync_level = GetCurrentTransactionNestLevel();
+	work->unsent = work->changes;
+}
+
+static Work *
+NewWork(const Route &route)
+{
+	if (current.context == NULL)
+	{
+		queue::EnsureReady();
+		current.context = AllocSetContextCreate(TopTransactionContext, "mmrepl changes",
+												ALLOCSET_DEFAULT_SIZES);
+	}
+	Work *work = (Work *) MemoryContextAllocZero(current.context, sizeof(Work));
+
+	work->route = route;
+	work->route.server_name = MemoryContextStrdup(current.context, route.server_name);
+	work->out.stream = route.stream;
+	work->out.slot = -1;
+	work->next = current.works;
+	current.works = work;
+	return work;
+}
+
+Work *
+Use(const Route &route)
+{
+	Work *work = current.works;
+
+	if (unlikely(current.written))
+		ereport(ERROR,
+				(errcode(ERRCODE_MMREPL_CAPTURED_TOO_LATE),
+				 errmsg("a replicated table was changed after the transaction's changes were "
+						"queued"),
+				 errdetail("Another extension writes to replicated tables while the transaction "
+						   "commits."),
+				 errhint("List mmrepl_bgw first in \"shared_preload_libraries\".")));
+	while (work != NULL && work->route.stream != route.stream)
+		work = work->next;
+	if (work == NULL)
+		work = NewWork(route);
+	if (route.sync)
+		TurnSync(work, route.queue_when_unreachable);
+	return work;
+}
+
+/* ---- segments and marks ---- */
+
+static void
+PushMark(Work *work, int level)
+{
+	Mark *mark = (Mark *) MemoryContextAllocZero(current.context, sizeof(Mark));
+
+	mark->outer = work->marks;
+	mark->level = level;
+	mark->segment = work->last;
+	mark->changes = work->changes;
+	if (work->last != NULL)
+	{
+		mark->length = work->last->length;
+		mark->segment_changes = work->last->changes;
+		mark->closed = work->last->closed;
+	}
+	work->marks = mark;
+}
+
+change::Segment *
+SegmentFor(Work *work)
+{
+	int level = GetCurrentTransactionNestLevel();
+
+	if (level > 1 && (work->marks == NULL || work->marks->level < level))
+		PushMark(work, level);
+	if (work->last != NULL && change::HasRoom(work->last))
+		return work->last;
+
+	change::Segment *segment = change::NewSegment(current.context, work->next_seq++);
+
+	if (work->last != NULL)
+	{
+		work->last->closed = true;
+		work->last->next = segment;
+	}
+	else
+		work->first = segment;
+	work->last = segment;
+	return segment;
+}
+
+static void
+FreeSegments(change::Segment *segment)
+{
+	while (segment != NULL)
+	{
+		change::Segment *next = segment->next;
+
+		if (segment->data != NULL)
+			pfree(segment->data);
+		pfree(segment);
+		segment = next;
+	}
+}
+
+/* All sync changes of the work are undone: what is left was captured as async. */
+static void
+TurnAsync(Work *work)
+{
+	if (work->inlined != NULL)
+		sync::Abort(work->inlined);
+	work->inlined = NULL;
+	work->sync = false;
+	for (change::Segment *segment = work->first; segment != NULL; segment = segment->next)
+		segment->sent = false;
+}
+
+/* Forget what the subtransaction of this level, and those within, added. */
+void
+UndoTo(Work *work, int level)
+{
+	while (work->marks != NULL && work->marks->level >= level)
+	{
+		Mark *mark = work->marks;
+		change::Segment *last = mark->segment;
+
+		FreeSegments(last != NULL ? last->next : work->first);
+		work->last = last;
+		if (last != NULL)
+		{
+			last->next = NULL;
+			last->closed = mark->closed;
+			change::TruncateSegment(last, mark->length, mark->segment_changes);
+		}
+		else
+			work->first = NULL;
+		work->changes = mark->changes;
+		work->unsent = 0;
+		work->marks = mark->outer;
+		pfree(mark);
+	}
+	if (work->sync && work->sync_level >= level)
+		TurnAsync(work);
+}
+
+/* The subtransaction of this level ended well: its part is its parent's now. */
+void
+MergeInto(Work *work, int level)
+{
+	Mark *mark = work->marks;
+
+	work->sync_level = Min(work->sync_level, level - 1);
+	if (mark == NULL || mark->level != level)
+		return;
+	if (level - 1 > 1 && (mark->outer == NULL || mark->outer->level < level - 1))
+	{
+		mark->level = level - 1;
+		return;
+	}
+	work->marks = mark->outer;
+	pfree(mark);
+}
+
+/* ---- spill ---- */
+
+/* The first segment that the running (sub)transaction owns alone. */
+static change::Segment *
+FirstOwned(Work *work)
+{
+	if (work->marks == NULL)
+		return work->first;
+	return work->marks->segment != NULL ? work->marks->segment->next : work->first;
+}
+
+/* Unlink and free the segments from `from` up to, not including, the last one. */
+static void
+DropSpilled(Work *work, change::Segment *from)
+{
+	change::Segment **link = &work->first;
+
+	while (*link != from)
+		link = &(*link)->next;
+	while (*link != work->last)
+	{
+		change::Segment *gone = *link;
+
+		*link = gone->next;
+		pfree(gone);
+	}
+}
+
+/* Write the finished segments of the running (sub)transaction to the queue table. */
+static void
+SpillWork(Work *work)
+{
+	change::Segment *from = FirstOwned(work);
+
+	if (from == NULL || from == work->last)
+		return;
+	queue::Spill(&work->out, from, work->last);
+	work->spilled = true;
+	DropSpilled(work, from);
+}
+
+/* ---- inline flush ---- */
+
+static change::Segment *
+FirstUnsent(Work *work)
+{
+	change::Segment *segment = work->first;
+
+	while (segment != NULL && segment->sent)
+		segment = segment->next;
+	return segment;
+}
+
+/* The stream's shared slot: the fence stands there. */
+static shmem::Stream &
+SharedStream(Work *work)
+{
+	int slot = queue::SlotOf(work->route.stream);
+
+	if (slot < 0)
+	{
+		catalog::StreamRow row = {};
+
+		MmreplEnsure(catalog::ReadStreamRow(work->route.stream, &row),
+					 "stream %d does not exist", work->route.stream);
+		slot = shmem::RegisterStream(MyDatabaseId, row.id, row.server, row.owner, row.confirmed,
+									 row.paused);
+		current.wake_launcher = true;
+	}
+	if (slot < 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
+				 errmsg("too many servers are replicated to"),
+				 errhint("Raise mmrepl.max_servers and restart the server.")));
+	return shmem::Get().streams[slot];
+}
+
+/*
+ * The fence: all that was committed here on the stream before now must be at the
+ * peer.  False, with the reason, when it is not and waiting is of no use or took
+ * too long.
+ */
+static bool
+PassFence(Work *work, connection::Failure *failure)
+{
+	shmem::Stream &stream = SharedStream(work);
+	uint64 last = queue::LastTicket(stream);
+
+	if (pg_atomic_read_u64(&stream.confirmed) >= last)
+		return true;
+	SpinLockAcquire(&stream.mutex);
+	shmem::WorkerState state = stream.state;
+	SpinLockRelease(&stream.mutex);
+	bool stuck = state == shmem::WorkerState::Retrying || state == shmem::WorkerState::Paused ||
+				 state == shmem::WorkerState::Blocked;
+
+	shmem::WakeWorker(stream);
+	if (!stuck &&
+		queue::WaitConfirmed(stream, last, connection::DeadlineIn(guc::sync_timeout)))
+		return true;
+	*failure = {};
+	failure->sqlstate = ERRCODE_MMREPL_SYNC_TIMEOUT;
+	failure->message = pstrdup("earlier changes for the server are still queued");
+	failure->detail = psprintf("The stream is \"%s\".", stats::StateName(state));
+	failure->hint = pstrdup("See mmrepl.pg_stat_mmrepl for the reason, or let the pair queue with "
+							"on_unreachable => 'queue'.");
+	return false;
+}
+
+/* The pair says to go on without the peer: the work is queued like async work. */
+static void
+Degrade(Work *work, const connection::Failure *failure)
+{
+	work->degraded = true;
+	work->sync = false;
+	work->unsent = 0;
+	if (work->inlined != NULL)
+		sync::Abort(work->inlined);
+	work->inlined = NULL;
+	ereport(NOTICE,
+			(errmsg("server \"%s\" is not reached: the transaction's changes for it are queued",
+					work->route.server_name),
+			 errdetail_internal("%s", failure->message)));
+}
+
+static void
+CountSyncFailure(Work *work)
+{
+	int slot = queue::SlotOf(work->route.stream);
+
+	if (slot >= 0)
+		pg_atomic_fetch_add_u64(&shmem::Get().streams[slot].counters.sync_failures, 1);
+}
+
+/* Hand the work's unsent segments to the peer and wait for its answer. */
+static void
+FlushWork(Work *work, int nest_level)
+{
+	connection::Failure failure = {};
+	uint64 xid = U64FromFullTransactionId(GetTopFullTransactionId());
+
+	if (!work->sync || work->unsent == 0)
+		return;
+	if (work->inlined == NULL)
+		work->inlined = InContext(TopTransactionContext, [&] {
+			return sync::Start(work->route.stream, work->route.server, work->route.owner,
+							   work->route.server_name);
+		});
+	work->last->closed = true;
+
+	bool done = false;
+
+	Guarded(
+		[&] {
+			done = PassFence(work, &failure) &&
+				   sync::Flush(work->inlined, FirstUnsent(work), work->unsent, xid, nest_level,
+							   &failure);
+		},
+		[&] { CountSyncFailure(work); });
+	if (done)
+	{
+		work->unsent = 0;
+		return;
+	}
+	CountSyncFailure(work);
+	if (!work->route.queue_when_unreachable || work->inlined->broken)
+		connection::ReportFailure(&failure, work->route.server_name, NULL);
+	Degrade(work, &failure);
+}
+
+void
+FlushPending(int nest_level)
+{
+	if (!current.pending_sync)
+		return;
+	current.pending_sync = false;
+	for (Work *work = current.works; work != NULL; work = work->next)
+		FlushWork(work, nest_level);
+}
+
+/* ---- accounting ---- */
+
+static bool
+OverBudget()
+{
+	return MemoryContextMemAllocated(current.context, false) > (Size) guc::buffer_memory * 1024;
+}
+
+void
+Appended(Work *work, change::Segment *segment)
+{
+	work->changes++;
+	if (work->sync)
+	{
+		work->unsent++;
+		current.pending_sync = true;
+	}
+	if (change::HasRoom(segment) || !OverBudget())
+		return;
+	FlushWork(work, GetCurrentTransactionNestLevel());
+	SpillWork(work);
+}
+
+void
+CountCapture(int32 pair_id, change::Kind kind)
+{
+	PairCount *count = current.counts;
+
+	if (pair_id == 0)
+		return;
+	while (count != NULL && count->pair_id != pair_id)
+		count = count->next;
+	if (count == NULL)
+	{
+		count = (PairCount *) MemoryContextAllocZero(current.context, sizeof(PairCount));
+		count->pair_id = pair_id;
+		count->counters = stats::ForPair(MyDatabaseId, pair_id);
+		count->next = current.counts;
+		current.counts = count;
+	}
+	count->inserts += kind == change::kInsert;
+	count->updates += kind == change::kUpdate;
+	count->deletes += kind == change::kDelete;
+	count->truncates += kind == change::kTruncate;
+}
+
+void
+WakeLauncherAtCommit()
+{
+	(void) shmem::DatabaseOf(MyDatabaseId); /* so that the commit callback need not look for it */
+	current.wake_launcher = true;
+}
+
+void
+WakeWorkersAtCommit()
+{
+	current.wake_workers = true;
+}
+
+void
+WakeStreamAtEnd(int stream_slot)
+{
+	current.wake_streams |= UINT64CONST(1) << stream_slot;
+}
+
+} // namespace mmrepl::transaction

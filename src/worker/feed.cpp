@@ -1,0 +1,586 @@
+/*
+ * feed.cpp
+ *		From the queue to batches, in ticket order, each transaction once.
+ *
+ * From the ring: entries are taken while they are settled; the gap is looked at
+ * after each entry, and the late events after the whole batch, because both are
+ * written before an entry that depends on them can be settled.
+ * From the tables: first the lowest ticket in flight is read, then the snapshot
+ * is taken, then everything visible below that ticket is sent in ticket order.
+ */
+#include "worker_internal.hpp"
+
+namespace mmrepl::worker
+{
+
+constexpr int kRefsAtATime = 200000;
+constexpr uint64 kSweepEvery = 1000; /* inline transactions */
+
+void
+StartFeed(Feed *feed, int32 stream, int slot, bool tables_only)
+{
+	*feed = {};
+	feed->stream = stream;
+	feed->slot = slot;
+	feed->shared = &shmem::Get().streams[slot];
+	feed->database = &shmem::DatabaseOf(MyDatabaseId);
+	feed->tables_only = tables_only;
+	feed->context =
+		AllocSetContextCreate(CurrentMemoryContext, "mmrepl feed", ALLOCSET_DEFAULT_SIZES);
+	InTransaction([&] { feed->node = catalog::NodeId(); });
+}
+
+void
+FreeFeed(Feed *feed)
+{
+	MemoryContextDelete(feed->context);
+	feed->context = NULL;
+}
+
+static void
+DropRefs(Feed *feed)
+{
+	if (feed->refs != NULL)
+		pfree(feed->refs);
+	feed->refs = NULL;
+	feed->n_refs = feed->next_ref = 0;
+}
+
+void
+ResetFeed(Feed *feed, uint64 watermark)
+{
+	DropRefs(feed);
+	feed->position = Max(pg_atomic_read_u64(&feed->shared->confirmed), watermark);
+	feed->watermark = watermark;
+	feed->from_tables = true;
+}
+
+/* ---- shipments ---- */
+
+void
+StartShipment(Shipment *shipment, MemoryContext parent)
+{
+	*shipment = {};
+	shipment->context =
+		AllocSetContextCreate(parent, "mmrepl shipment", ALLOCSET_DEFAULT_SIZES);
+}
+
+void
+EndShipment(Shipment *shipment)
+{
+	if (shipment->context != NULL)
+		MemoryContextDelete(shipment->context);
+	*shipment = {};
+}
+
+static void
+BeginBatch(Feed *feed, Shipment *shipment, uint8 flags)
+{
+	delivery::Header header = {};
+
+	header.flags = flags;
+	header.node = feed->node;
+	header.stream = feed->stream;
+	header.clock = shmem::ClockNow();
+	header.previous = shipment->previous;
+	header.sweep_xid = shipment->sweep_xid;
+	header.part = shipment->part;
+	delivery::Begin(&shipment->batch, header);
+}
+
+/* SegmentSink: append to the batch. */
+static void
+AddSegment(void *arg, const char *data, uint32 length)
+{
+	delivery::AddSegment((delivery::Batch *) arg, data, length);
+}
+
+static uint8
+TransactionFlags(uint16 queue_flags)
+{
+	uint8 flags = 0;
+
+	if (queue_flags & queue::kInlined)
+		flags |= batch::kMarked;
+	if (queue_flags & queue::kPrepared)
+		flags |= batch::kMarked | batch::kLate;
+	return flags;
+}
+
+/* Account for a transaction that goes into the shipment. */
+static void
+Count(Feed *feed, Shipment *shipment, uint64 ticket, uint16 flags, uint32 changes, uint32 bytes)
+{
+	if (shipment->transactions++ == 0)
+		shipment->first_ticket = ticket;
+	shipment->changes += changes;
+	shipment->bytes += bytes;
+	shipment->last_ticket = ticket;
+	if (flags & queue::kInlined)
+		feed->inline_passed++;
+}
+
+/* A transaction as its head row or ring entry describes it. */
+struct Waiting
+{
+	uint64 ticket;
+	uint64 xid;
+	uint16 flags;
+	uint32 changes;
+};
+
+static void
+OpenChunks(Feed *feed, Shipment *shipment, const queue::Place &place, uint64 xid)
+{
+	InTransaction([&] {
+		InContext(shipment->context,
+				  [&] { queue::OpenCursor(&shipment->cursor, place, feed->stream, xid); });
+	});
+}
+
+/* Add a transaction's chunks to the batch. */
+static void
+AddChunks(Shipment *shipment)
+{
+	InTransaction([&] {
+		(void) queue::ReadSome(&shipment->cursor, PG_UINT64_MAX, AddSegment, &shipment->batch);
+	});
+	pfree(shipment->cursor.chunks);
+	shipment->cursor = {};
+}
+
+/*
+ * A chunked transaction: one that exceeds a batch travels alone, in parts.
+ * False: it has to wait for the next batch.
+ */
+static bool
+TakeChunked(Feed *feed, Shipment *shipment, const queue::Place &place, const Waiting &waiting,
+			const Budget &budget)
+{
+	bool large = place.bytes > (uint64) budget.bytes;
+
+	if (shipment->transactions > 0 &&
+		(large || shipment->batch.buf.len + place.bytes > (uint64) budget.bytes))
+		return false;
+	OpenChunks(feed, shipment, place, waiting.xid);
+	if (large)
+	{
+		shipment->large = true;
+		shipment->large_xid = waiting.xid;
+		shipment->large_flags = TransactionFlags(waiting.flags);
+		shipment->large_changes = waiting.changes;
+		return true;
+	}
+	delivery::AddTransaction(&shipment->batch, waiting.ticket, waiting.xid,
+							 TransactionFlags(waiting.flags), waiting.changes);
+	AddChunks(shipment);
+	return true;
+}
+
+void
+NextPart(Feed *feed, Shipment *shipment, int64 bytes)
+{
+	bool first = shipment->part == 0;
+	bool more = false;
+
+	InContext(shipment->context, [&] {
+		if (!first)
+			pfree(shipment->batch.buf.data);
+		BeginBatch(feed, shipment, (first ? batch::kFirst : 0) | batch::kMore);
+		delivery::AddTransaction(&shipment->batch, shipment->last_ticket, shipment->large_xid,
+								 shipment->large_flags, first ? shipment->large_changes : 0);
+		InTransaction([&] {
+			more = queue::ReadSome(&shipment->cursor, bytes, AddSegment, &shipment->batch);
+		});
+		if (!more)
+			delivery::ClearMore(&shipment->batch);
+		delivery::Finish(&shipment->batch, shipment->confirm_to);
+	});
+	shipment->part++;
+	shipment->all_sent = !more;
+}
+
+/* Finish an ordinary batch; its watermark is the feed's position. */
+static void
+CloseBatch(Feed *feed, Shipment *shipment)
+{
+	shipment->confirm_to = feed->position;
+	if (!shipment->large)
+	{
+		InContext(shipment->context,
+				  [&] { delivery::Finish(&shipment->batch, feed->position); });
+		shipment->all_sent = true;
+	}
+}
+
+static bool
+Full(const Shipment *shipment, const Budget &budget)
+{
+	return shipment->large || shipment->transactions >= budget.transactions ||
+		   shipment->changes >= budget.changes || shipment->batch.buf.len >= budget.bytes;
+}
+
+/* ---- from the ring ---- */
+
+static bool
+GapAhead(const Feed *feed)
+{
+	return pg_atomic_read_u64(&feed->shared->ring_gap) > feed->position;
+}
+
+/* Put one committed entry into the shipment; false: it has to wait for the next. */
+static bool
+TakeEntry(Feed *feed, Shipment *shipment, const queue::RingEntry *entry, const Budget &budget)
+{
+	const char *payload = queue::EntryPayload(entry);
+	uint32 bytes = entry->payload_length;
+
+	if (entry->flags & queue::kChunked)
+	{
+		queue::Place place = queue::ReadPlace(payload, entry->payload_length);
+		Waiting waiting = {entry->ticket, entry->xid, entry->flags, entry->changes};
+
+		if (!TakeChunked(feed, shipment, place, waiting, budget))
+			return false;
+		bytes = (uint32) Min(place.bytes, (uint64) PG_UINT32_MAX);
+	}
+	else
+	{
+		delivery::AddTransaction(&shipment->batch, entry->ticket, entry->xid,
+								 TransactionFlags(entry->flags), entry->changes);
+		queue::WalkPayload(payload, entry->payload_length, AddSegment, &shipment->batch);
+	}
+	Count(feed, shipment, entry->ticket, entry->flags, entry->changes, bytes);
+	return true;
+}
+
+/* Take settled entries in order until the budget is spent or something has to be awaited. */
+static void
+FillFromRing(Feed *feed, Shipment *shipment, const Budget &budget)
+{
+	const queue::RingEntry *entry;
+
+	while (!Full(shipment, budget) &&
+		   (entry = queue::PeekRing(*feed->shared, feed->slot)) != NULL)
+	{
+		if (GapAhead(feed))
+		{
+			feed->from_tables = true;
+			return;
+		}
+		queue::EntryState state = queue::StateOf(entry);
+
+		if (entry->ticket > feed->position)
+		{
+			if (state == queue::EntryState::Pending)
+				return;
+			if (state == queue::EntryState::Committed &&
+				!TakeEntry(feed, shipment, entry, budget))
+				return;
+			if (state == queue::EntryState::Delivered)
+				feed->inline_passed++;
+			feed->position = entry->ticket;
+		}
+		queue::ConsumeRing(*feed->shared, entry);
+	}
+	if (GapAhead(feed))
+		feed->from_tables = true;
+}
+
+/* Whether a prepared transaction's rows may have appeared since the tables were read. */
+static bool
+LateWork(const Feed *feed)
+{
+	pg_read_barrier();
+	return pg_atomic_read_u32(&feed->database->late_pending) > 0 ||
+		   pg_atomic_read_u32(&feed->database->late_events) != feed->late_seen;
+}
+
+/* ---- from the tables ---- */
+
+/* Entries that the tables have covered need not stay in the ring. */
+static void
+TrimRing(Feed *feed)
+{
+	const queue::RingEntry *entry;
+
+	while ((entry = queue::PeekRing(*feed->shared, feed->slot)) != NULL &&
+		   entry->ticket <= feed->position)
+		queue::ConsumeRing(*feed->shared, entry);
+}
+
+static void
+ReadTables(Feed *feed)
+{
+	feed->late_seen = pg_atomic_read_u32(&feed->database->late_events);
+	pg_read_barrier();
+	feed->refs_below = queue::ResolvedBelow(*feed->shared, feed->slot);
+	InTransaction([&] {
+		InContext(feed->context, [&] {
+			feed->refs = queue::Collect(feed->stream, feed->position, feed->refs_below,
+										kRefsAtATime, &feed->n_refs, &feed->refs_complete);
+		});
+	});
+	feed->next_ref = 0;
+}
+
+static void
+NoteLate(Shipment *shipment, const queue::Ref &ref)
+{
+	if (!(ref.flags & queue::kPrepared))
+		return;
+	InContext(shipment->context, [&] {
+		queue::Ref *copy = (queue::Ref *) palloc(sizeof(queue::Ref));
+
+		*copy = ref;
+		shipment->late = lappend(shipment->late, copy);
+	});
+}
+
+/* Put one waiting transaction into the shipment; false: it has to wait for the next. */
+static bool
+TakeRef(Feed *feed, Shipment *shipment, const queue::Ref &ref, const Budget &budget)
+{
+	if (ref.flags & queue::kChunked)
+	{
+		Waiting waiting = {ref.ticket, ref.xid, ref.flags, ref.changes};
+
+		if (!TakeChunked(feed, shipment, queue::PlaceOf(ref), waiting, budget))
+			return false;
+	}
+	else
+	{
+		delivery::AddTransaction(&shipment->batch, ref.ticket, ref.xid,
+								 TransactionFlags(ref.flags), ref.changes);
+		queue::ReadSegments(ref, feed->stream, AddSegment, &shipment->batch);
+	}
+	NoteLate(shipment, ref);
+	Count(feed, shipment, ref.ticket, ref.flags, ref.changes, ref.bytes);
+	return true;
+}
+
+static void
+FillFromRefs(Feed *feed, Shipment *shipment, const Budget &budget)
+{
+	while (feed->next_ref < feed->n_refs && !Full(shipment, budget))
+	{
+		const queue::Ref &ref = feed->refs[feed->next_ref];
+
+		if (!TakeRef(feed, shipment, ref, budget))
+			return;
+		feed->next_ref++;
+		feed->position = Max(feed->position, ref.ticket);
+	}
+}
+
+/* All that was read is in batches: go on from the next in flight, maybe with the ring. */
+static void
+EndOfRefs(Feed *feed)
+{
+	if (feed->refs_complete)
+		feed->position = Max(feed->position, feed->refs_below - 1);
+	DropRefs(feed);
+	TrimRing(feed);
+	feed->from_tables =
+		feed->tables_only || !feed->refs_complete || GapAhead(feed) || LateWork(feed);
+}
+
+/* Returns whether another reading may find more at once. */
+static bool
+FillFromTables(Feed *feed, Shipment *shipment, const Budget &budget)
+{
+	if (feed->refs == NULL)
+		ReadTables(feed);
+	bool found = feed->n_refs > 0;
+
+	InTransaction([&] { FillFromRefs(feed, shipment, budget); });
+	if (feed->next_ref == feed->n_refs)
+		EndOfRefs(feed);
+	return found || !feed->from_tables;
+}
+
+/* ---- both ---- */
+
+/* What was put into the shipment from the ring is taken back; the tables have it. */
+static void
+Rewind(Feed *feed, Shipment *shipment, uint64 position)
+{
+	MemoryContext parent = MemoryContextGetParent(shipment->context);
+
+	EndShipment(shipment);
+	StartShipment(shipment, parent);
+	feed->position = position;
+	feed->from_tables = true;
+}
+
+static bool
+PausedNow(const Feed *feed)
+{
+	pg_read_barrier();
+	return !feed->tables_only && feed->shared->paused;
+}
+
+/* One attempt to fill; true when it is worth another look. */
+static bool
+Fill(Feed *feed, Shipment *shipment, const Budget &budget)
+{
+	uint64 start = feed->position;
+	bool tables = feed->from_tables || LateWork(feed);
+	bool again = false;
+
+	shipment->previous = feed->watermark;
+	InContext(shipment->context, [&] {
+		BeginBatch(feed, shipment, 0);
+		if (tables)
+			again = FillFromTables(feed, shipment, budget);
+		else
+			FillFromRing(feed, shipment, budget);
+	});
+	if (PausedNow(feed) || (!tables && LateWork(feed)))
+	{
+		DropRefs(feed);
+		Rewind(feed, shipment, start);
+		return false;
+	}
+	return again || (!tables && feed->from_tables);
+}
+
+bool
+NextShipment(Feed *feed, Shipment *shipment, const Budget &budget)
+{
+	bool again = true;
+
+	while (again && shipment->transactions == 0)
+	{
+		if (shipment->batch.buf.data != NULL)
+			pfree(shipment->batch.buf.data);
+		again = Fill(feed, shipment, budget);
+	}
+	if (shipment->transactions == 0)
+		return false;
+	CloseBatch(feed, shipment);
+	if (!shipment->large)
+		feed->watermark = feed->position;
+	else
+	{
+		NextPart(feed, shipment, budget.bytes);
+		feed->watermark = shipment->confirm_to;
+	}
+	return true;
+}
+
+/*
+ * With the ring empty and no gap, everything below the lowest ticket in flight
+ * has been passed (read in this order).
+ */
+void
+ConfirmPassed(Feed *feed)
+{
+	if (!feed->from_tables &&
+		queue::LastTicket(*feed->shared) > feed->position)
+	{
+		uint64 below = queue::ResolvedBelow(*feed->shared, feed->slot);
+
+		if (queue::PeekRing(*feed->shared, feed->slot) == NULL && !GapAhead(feed) &&
+			!LateWork(feed))
+			feed->position = Max(feed->position, below - 1);
+	}
+	queue::Confirm(*feed->shared, feed->position);
+}
+
+/* ---- after delivery ---- */
+
+static void
+RemoveLate(Shipment *shipment)
+{
+	ListCell *cell;
+
+	if (shipment->late == NIL)
+		return;
+	InTransaction([&] {
+		foreach (cell, shipment->late)
+			(void) queue::RemoveHead(*(const queue::Ref *) lfirst(cell));
+	});
+}
+
+static void
+NoteLag(shmem::Stream &stream, uint64 ticket)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	SpinLockAcquire(&stream.mutex);
+	stream.last_apply_at = now;
+	stream.last_lag_us = ticket == 0 ? stream.last_lag_us : now - shmem::TicketTime(ticket);
+	SpinLockRelease(&stream.mutex);
+}
+
+/* The oldest transaction that waits now: the next one, as far as it is known. */
+static void
+NoteOldest(Feed *feed)
+{
+	shmem::Stream &stream = *feed->shared;
+	const queue::RingEntry *entry = NULL;
+	uint64 next = 0;
+
+	if (feed->refs != NULL && feed->next_ref < feed->n_refs)
+		next = feed->refs[feed->next_ref].ticket;
+	else if (!feed->tables_only && (entry = queue::PeekRing(stream, feed->slot)) != NULL)
+		next = entry->ticket;
+	pg_atomic_write_u64(&stream.oldest_ticket, next);
+}
+
+void
+Applied(Feed *feed, Shipment *shipment)
+{
+	shmem::Stream &stream = *feed->shared;
+	shmem::Counters &counters = stream.counters;
+
+	RemoveLate(shipment);
+	queue::Discount(stream, shipment->transactions, shipment->changes, shipment->bytes);
+	queue::Confirm(stream, shipment->confirm_to);
+	pg_atomic_fetch_add_u64(&counters.transactions_applied, shipment->transactions);
+	pg_atomic_fetch_add_u64(&counters.changes_applied, shipment->changes);
+	pg_atomic_fetch_add_u64(&counters.batches, 1);
+	NoteLag(stream, shipment->last_ticket);
+	NoteOldest(feed);
+}
+
+/* ---- markers ---- */
+
+/*
+ * Markers of transactions with a lower xid than any running one are of no use
+ * once everything these transactions queued is confirmed and the peer's
+ * watermark has passed it: they cannot be replayed any more.
+ */
+static void
+ChooseSweep(Feed *feed)
+{
+	FullTransactionId next = ReadNextFullTransactionId();
+	TransactionId oldest = GetOldestActiveTransactionId();
+	uint32 epoch = EpochFromFullTransactionId(next);
+
+	if (oldest > XidFromFullTransactionId(next))
+		epoch--;
+	feed->sweep_xid = U64FromFullTransactionId(FullTransactionIdFromEpochAndXid(epoch, oldest));
+	feed->sweep_after = queue::LastTicket(*feed->shared);
+	feed->inline_passed = 0;
+}
+
+bool
+SweepShipment(Feed *feed, Shipment *shipment)
+{
+	if (feed->sweep_xid == 0 && feed->inline_passed >= kSweepEvery)
+		ChooseSweep(feed);
+	if (feed->sweep_xid == 0 || LateWork(feed) ||
+		pg_atomic_read_u64(&feed->shared->confirmed) < feed->sweep_after)
+		return false;
+	shipment->sweep_xid = feed->sweep_xid;
+	shipment->previous = feed->watermark;
+	feed->sweep_xid = 0;
+	InContext(shipment->context, [&] { BeginBatch(feed, shipment, 0); });
+	CloseBatch(feed, shipment);
+	feed->watermark = feed->position;
+	return true;
+}
+
+} // namespace mmrepl::worker

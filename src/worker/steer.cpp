@@ -1,0 +1,301 @@
+/*
+ * steer.cpp
+ *		pause, resume, retry_now, skip, wait_for_replay.
+ */
+#include "mmrepl/transaction.hpp"
+#include "worker_steer.hpp"
+
+namespace mmrepl::worker
+{
+
+/* ---- streams of a server ---- */
+
+/* The shared slot of a stream, taken now if no scout has been there yet. */
+int
+RequireSlot(const catalog::StreamRow *row)
+{
+	int slot = queue::SlotOf(row->id);
+
+	if (slot < 0)
+	{
+		slot = shmem::RegisterStream(MyDatabaseId, row->id, row->server, row->owner,
+									 row->confirmed, row->paused);
+		shmem::WakeLauncher();
+	}
+	if (slot < 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
+				 errmsg("too many servers are replicated to"),
+				 errhint("Raise \"mmrepl.max_servers\" and restart the server.")));
+	return slot;
+}
+
+/*
+ * The server's streams that the caller may steer: those whose owner's privileges
+ * it has.  Raises when the server does not exist or all of them are others'.
+ */
+List *
+StreamsToSteer(const char *server_name)
+{
+	Oid server = get_foreign_server_oid(server_name, false);
+	List *mine = NIL;
+	bool others = false;
+	ListCell *cell;
+
+	queue::EnsureReady();
+	foreach (cell, catalog::AllStreams())
+	{
+		catalog::StreamRow *row = (catalog::StreamRow *) lfirst(cell);
+
+		if (row->server != server)
+			continue;
+		if (has_privs_of_role(GetUserId(), row->owner))
+			mine = lappend(mine, row);
+		else
+			others = true;
+	}
+	if (mine == NIL && others)
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("permission denied for replication to server \"%s\"", server_name),
+				 errdetail("Only owners of its pairs and superusers may do that.")));
+	return mine;
+}
+
+static List *
+RequireStreams(FunctionCallInfo fcinfo)
+{
+	shmem::RequireReady();
+	if (PG_ARGISNULL(0))
+		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+						errmsg("server name must not be null")));
+	const char *name = NameStr(*PG_GETARG_NAME(0));
+	List *streams = StreamsToSteer(name);
+
+	if (streams == NIL)
+		ereport(ERROR,
+				(errcode(ERRCODE_MMREPL_NO_SUCH_PAIR),
+				 errmsg("nothing is replicated to server \"%s\"", name),
+				 errhint("Register a table with mmrepl.create_pair().")));
+	return streams;
+}
+
+/* ---- pause, resume, retry ---- */
+
+/* Takes effect at once; the row makes it outlive a restart. */
+static void
+SetPaused(const catalog::StreamRow *row, bool paused)
+{
+	int slot = RequireSlot(row);
+	shmem::Stream &stream = shmem::Get().streams[slot];
+
+	if (!catalog::UpdateStreamRow(row->id, NULL, &paused))
+		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+						errmsg("replication stream %d was dropped meanwhile", row->id)));
+	SpinLockAcquire(&stream.mutex);
+	stream.paused = paused;
+	if (paused)
+		stream.state = shmem::WorkerState::Paused;
+	SpinLockRelease(&stream.mutex);
+	pg_memory_barrier();
+	transaction::WakeWorkersAtCommit();
+	transaction::WakeStreamAtEnd(slot);
+	shmem::WakeWorker(stream);
+}
+
+static Datum
+PauseOrResume(FunctionCallInfo fcinfo, bool paused)
+{
+	ListCell *cell;
+
+	foreach (cell, RequireStreams(fcinfo))
+		SetPaused((const catalog::StreamRow *) lfirst(cell), paused);
+	PG_RETURN_VOID();
+}
+
+Datum
+SqlPause(FunctionCallInfo fcinfo)
+{
+	return PauseOrResume(fcinfo, true);
+}
+
+Datum
+SqlResume(FunctionCallInfo fcinfo)
+{
+	return PauseOrResume(fcinfo, false);
+}
+
+static void
+AskRetry(shmem::Stream &stream)
+{
+	SpinLockAcquire(&stream.mutex);
+	stream.retry_now = true;
+	SpinLockRelease(&stream.mutex);
+	shmem::WakeWorker(stream);
+}
+
+Datum
+SqlRetryNow(FunctionCallInfo fcinfo)
+{
+	ListCell *cell;
+
+	foreach (cell, RequireStreams(fcinfo))
+		AskRetry(shmem::Get().streams[RequireSlot((const catalog::StreamRow *) lfirst(cell))]);
+	PG_RETURN_VOID();
+}
+
+/* ---- waiting ---- */
+
+Datum
+SqlWaitForReplay(FunctionCallInfo fcinfo)
+{
+	ListCell *cell;
+	bool reached = true;
+
+	shmem::RequireReady();
+	if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
+		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+						errmsg("server and timeout must not be null")));
+	TimestampTz deadline = DatumGetTimestampTz(
+		DirectFunctionCall2(timestamptz_pl_interval, TimestampTzGetDatum(GetCurrentTimestamp()),
+							PointerGetDatum(PG_GETARG_INTERVAL_P(1))));
+
+	foreach (cell, StreamsToSteer(NameStr(*PG_GETARG_NAME(0))))
+	{
+		int slot = RequireSlot((const catalog::StreamRow *) lfirst(cell));
+		shmem::Stream &stream = shmem::Get().streams[slot];
+
+		shmem::WakeWorker(stream);
+		reached &= queue::WaitConfirmed(stream, queue::LastTicket(stream), deadline);
+	}
+	PG_RETURN_BOOL(reached);
+}
+
+/* ---- the ordering lock, from a session ---- */
+
+/*
+ * Take the stream's ordering lock until the end of the transaction; its worker
+ * gives it up as soon as nothing is on its way, and is woken afterwards.
+ */
+void
+TakeOver(const catalog::StreamRow *row, int slot)
+{
+	shmem::Stream &stream = shmem::Get().streams[slot];
+	auto request = [&](int by) {
+		SpinLockAcquire(&stream.mutex);
+		stream.handover_requests += by;
+		SpinLockRelease(&stream.mutex);
+	};
+
+	request(1);
+	shmem::WakeWorker(stream);
+	Ensured([&] { (void) queue::TakeOrderingLock(row->id, false, true); }, [&] { request(-1); });
+	transaction::WakeStreamAtEnd(slot);
+}
+
+/* ---- skip ---- */
+
+struct Skipped
+{
+	ArrayBuildState *queries;
+	int64 changes;
+	int64 bytes;
+};
+
+/* SegmentSink: the SQL of each change, for the record. */
+static void
+RecordSegment(void *arg, const char *data, uint32 length)
+{
+	Skipped *skipped = (Skipped *) arg;
+	change::Decoder decoder;
+	const change::Change *change;
+
+	change::StartDecoding(&decoder, data, length);
+	while ((change = change::Next(&decoder)) != NULL)
+	{
+		StringInfoData sql;
+
+		initStringInfo(&sql);
+		change::AppendSql(&sql, change);
+		skipped->queries = accumArrayResult(skipped->queries, CStringGetTextDatum(sql.data), false,
+											TEXTOID, CurrentMemoryContext);
+		skipped->changes++;
+		skipped->bytes += sql.len;
+		pfree(sql.data);
+	}
+}
+
+static void
+InsertSkipped(const char *server, const queue::Ref &ref, Skipped *skipped, text *reason)
+{
+	Relation rel = table_open(catalog::GetRelations().skipped, RowExclusiveLock);
+	Datum values[8];
+	bool nulls[8] = {};
+
+	values[0] = DirectFunctionCall1(namein, CStringGetDatum(server));
+	values[1] = Int64GetDatum((int64) ref.ticket);
+	values[2] = Int64GetDatum((int64) ref.xid);
+	values[3] = Int64GetDatum(skipped->changes);
+	values[4] = makeArrayResult(skipped->queries, CurrentMemoryContext);
+	values[5] = PointerGetDatum(reason);
+	nulls[5] = reason == NULL;
+	values[6] =
+		DirectFunctionCall1(namein, CStringGetDatum(GetUserNameFromId(GetUserId(), false)));
+	values[7] = TimestampTzGetDatum(GetCurrentTimestamp());
+	simple_heap_insert(rel, heap_form_tuple(RelationGetDescr(rel), values, nulls));
+	table_close(rel, RowExclusiveLock);
+}
+
+/* Drop the transaction from the stream, on the record; false: it is not queued there. */
+static bool
+SkipIn(const catalog::StreamRow *row, const char *server, uint64 ticket, text *reason,
+	   int64 *changes)
+{
+	int slot = RequireSlot(row);
+	shmem::Stream &stream = shmem::Get().streams[slot];
+	Skipped skipped = {};
+	int count;
+	bool complete;
+
+	TakeOver(row, slot);
+	if (pg_atomic_read_u64(&stream.confirmed) >= ticket)
+		return false;
+	queue::Ref *refs = queue::Collect(row->id, ticket - 1, ticket + 1, 1, &count, &complete);
+
+	if (count == 0 || refs[0].ticket != ticket)
+		return false;
+	skipped.queries = initArrayResult(TEXTOID, CurrentMemoryContext, false);
+	queue::ReadSegments(refs[0], row->id, RecordSegment, &skipped);
+	InsertSkipped(server, refs[0], &skipped, reason);
+	(void) queue::RemoveHead(refs[0]);
+	queue::Discount(stream, 1, refs[0].changes, refs[0].bytes);
+	AskRetry(stream);
+	*changes = skipped.changes;
+	return true;
+}
+
+Datum
+SqlSkip(FunctionCallInfo fcinfo)
+{
+	List *streams = RequireStreams(fcinfo);
+	const char *server = NameStr(*PG_GETARG_NAME(0));
+	int64 changes = 0;
+	ListCell *cell;
+
+	if (PG_ARGISNULL(1))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("ticket must not be null")));
+	uint64 ticket = (uint64) PG_GETARG_INT64(1);
+	text *reason = PG_ARGISNULL(2) ? NULL : PG_GETARG_TEXT_PP(2);
+
+	foreach (cell, streams)
+		if (SkipIn((const catalog::StreamRow *) lfirst(cell), server, ticket, reason, &changes))
+			PG_RETURN_INT64(changes);
+	ereport(ERROR,
+			(errcode(ERRCODE_UNDEFINED_OBJECT),
+			 errmsg("no transaction with ticket %llu is queued for server \"%s\"",
+					(unsigned long long) ticket, server),
+			 errhint("See column \"ticket\" of mmrepl.sync_err_rec.")));
+}
+
+} // namespace mmrepl::worker

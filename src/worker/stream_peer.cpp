@@ -1,0 +1,316 @@
+/*
+ * stream_peer.cpp
+ *		The stream worker's connection, its ordering lock, and its failures.
+ */
+#include "stream_session.hpp"
+
+namespace mmrepl::worker
+{
+
+/* ---- giving up ---- */
+
+void
+ReleaseLock(Session *session)
+{
+	if (!session->holds_lock)
+		return;
+	session->holds_lock = false;
+	InTransaction([&] { queue::ReleaseOrderingLock(session->stream); });
+}
+
+/* Forget connection, batches on their way and the lock; the queue still has everything. */
+void
+DropPeer(Session *session)
+{
+	for (int i = 0; i < session->outstanding; i++)
+		EndShipment(&session->lanes[i]);
+	session->outstanding = 0;
+	session->want_write = false;
+	if (session->events != NULL)
+		FreeWaitEventSet(session->events);
+	session->events = NULL;
+	if (session->conn != NULL)
+		connection::Close(session->conn);
+	session->conn = NULL;
+	ReleaseLock(session);
+}
+
+/* ---- configuration ---- */
+
+/* The stream is no more: free its slot and end. */
+pg_attribute_noreturn() static void
+Retire(Session *session)
+{
+	ereport(LOG, (errmsg("mmrepl: stream %d is dropped, its worker ends", session->stream)));
+	shmem::UnregisterStream(session->slot);
+	proc_exit(0);
+}
+
+static void
+ReadConfiguration(Session *session)
+{
+	catalog::StreamRow row = {};
+
+	if (!catalog::ExtensionExists() || !catalog::ReadStreamRow(session->stream, &row))
+		Retire(session);
+	queue::EnsureReady();
+	SpinLockAcquire(&session->shared->mutex);
+	session->shared->paused = row.paused;
+	SpinLockRelease(&session->shared->mutex);
+
+	MemoryContextReset(session->config_context);
+	session->target = NULL;
+	session->target = InContext(session->config_context, [&] {
+		return connection::Resolve(session->server, session->owner);
+	});
+}
+
+static void
+CountOldBacklog(Session *session)
+{
+	shmem::Stream &stream = *session->shared;
+	uint64 transactions, changes, bytes, oldest;
+
+	if (stream.backlog_counted)
+		return;
+	queue::CountBacklog(session->stream, pg_atomic_read_u64(&stream.confirmed),
+						pg_atomic_read_u64(&stream.ring_gap), &transactions, &changes, &bytes,
+						&oldest);
+	pg_atomic_fetch_add_u64(&stream.queued_transactions, (int64) transactions);
+	pg_atomic_fetch_add_u64(&stream.queued_changes, (int64) changes);
+	pg_atomic_fetch_add_u64(&stream.queued_bytes, (int64) bytes);
+	if (oldest != 0)
+		pg_atomic_write_u64(&stream.oldest_ticket, oldest);
+	stream.backlog_counted = true;
+}
+
+/*
+ * A copy of a database must not deliver the original's queue: the peer would
+ * take it for the original.
+ */
+static void
+RequireOwnNode()
+{
+	if (!catalog::NodeIsOurs())
+		ereport(ERROR,
+				(errcode(ERRCODE_MMREPL_WRONG_NODE),
+				 errmsg("this database is a copy of another replication node"),
+				 errhint("Run SELECT mmrepl.adopt_node() to make it a node of its own.")));
+}
+
+/* Follow changes of the configuration; a changed server means a new connection. */
+void
+Attend(Session *session)
+{
+	SpinLockAcquire(&session->shared->mutex);
+	uint32 attention = session->shared->attention;
+	SpinLockRelease(&session->shared->mutex);
+	if (session->attended && attention == session->attention_seen)
+		return;
+	uint32 before = session->target != NULL ? session->target->hash : 0;
+
+	InTransaction([&] {
+		ReadConfiguration(session);
+		CountOldBacklog(session);
+		RequireOwnNode();
+	});
+	if (session->conn != NULL && session->target->hash != before)
+		DropPeer(session);
+	session->attention_seen = attention;
+	session->attended = true;
+}
+
+/* ---- connecting ---- */
+
+static bool
+OpenPeer(Session *session)
+{
+	connection::Failure failure = {};
+
+	session->conn =
+		connection::Open(session->target, connection::DeadlineIn(guc::connect_timeout), &failure);
+	if (session->conn == NULL)
+	{
+		Fail(session, &failure, false);
+		return false;
+	}
+	session->events = CreateWaitEventSet(TopMemoryContext, 3);
+	AddWaitEventToSet(session->events, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
+	AddWaitEventToSet(session->events, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
+	session->socket_event = AddWaitEventToSet(session->events, WL_SOCKET_READABLE,
+											  PQsocket(session->conn), NULL, NULL);
+	return true;
+}
+
+static bool
+TakeLock(Session *session)
+{
+	if (session->shared->handover_requests > 0)
+		return false;
+	InTransaction([&] {
+		session->holds_lock = queue::TakeOrderingLock(session->stream, true, false);
+	});
+	return session->holds_lock;
+}
+
+/* Learn where the peer stands, now that nobody else delivers, and begin there. */
+static void
+Greet(Session *session)
+{
+	delivery::Peer peer =
+		delivery::Hello(session->conn, session->target->server_name, session->feed.node,
+						session->stream, connection::DeadlineIn(guc::connect_timeout));
+
+	SpinLockAcquire(&session->shared->mutex);
+	session->shared->peer_node = peer.node;
+	session->shared->peer_known = true;
+	SpinLockRelease(&session->shared->mutex);
+	ResetFeed(&session->feed, peer.watermark);
+	if (!PQenterPipelineMode(session->conn))
+		ereport(ERROR, (errcode(ERRCODE_CONNECTION_FAILURE),
+						errmsg("could not enter pipeline mode: %s",
+							   pchomp(PQerrorMessage(session->conn)))));
+	stats::SetState(*session->shared, shmem::WorkerState::CatchingUp);
+}
+
+/*
+ * Connection and ordering lock, both; false when one is not to be had now (the
+ * lock's holder wakes us at the end of its transaction).
+ */
+bool
+EnsureConnected(Session *session)
+{
+	if (session->conn == NULL && !OpenPeer(session))
+		return false;
+	if (session->holds_lock)
+		return true;
+	if (PQpipelineStatus(session->conn) != PQ_PIPELINE_OFF && !PQexitPipelineMode(session->conn))
+	{
+		DropPeer(session);
+		return false;
+	}
+	if (!TakeLock(session))
+		return false;
+	Greet(session);
+	return true;
+}
+
+/* ---- failures ---- */
+
+/* min << failures, up to max, of which a random half: no stampede when a peer returns. */
+static TimestampTz
+NextRetry(const Session *session)
+{
+	double delay = guc::retry_min_delay;
+
+	for (int i = 1; i < session->failures && delay < guc::retry_max_delay; i++)
+		delay *= 2;
+	delay = Min(delay, (double) guc::retry_max_delay);
+	delay *= 0.5 + 0.5 * pg_prng_double(&pg_global_prng_state);
+	return GetCurrentTimestamp() + (int64) (delay * 1000);
+}
+
+/* A failure goes to the log when it is new, and again every ten minutes. */
+static void
+LogFailure(Session *session, const char *text)
+{
+	constexpr int64 every = INT64CONST(600) * USECS_PER_SEC;
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (strncmp(session->logged, text, sizeof(session->logged) - 1) == 0 &&
+		now - session->logged_at < every)
+		return;
+	strlcpy(session->logged, text, sizeof(session->logged));
+	session->logged_at = now;
+	ereport(LOG, (errmsg("mmrepl: delivery to server \"%s\" failed: %s",
+						 session->target != NULL ? session->target->server_name : "?", text),
+				  errdetail_internal("Failure %d in a row.", session->failures)));
+}
+
+static char *
+FailureText(const connection::Failure *failure)
+{
+	StringInfoData text;
+
+	initStringInfo(&text);
+	appendStringInfoString(&text, failure->message != NULL ? failure->message : "unknown error");
+	if (failure->detail != NULL)
+		appendStringInfo(&text, "\nDETAIL:  %s", failure->detail);
+	if (failure->hint != NULL)
+		appendStringInfo(&text, "\nHINT:  %s", failure->hint);
+	if (failure->context != NULL)
+		appendStringInfo(&text, "\nCONTEXT:  %s", failure->context);
+	return text.data;
+}
+
+static void
+PublishFailure(Session *session, const connection::Failure *failure, shmem::WorkerState state,
+			   uint64 blocked_ticket)
+{
+	shmem::Stream &stream = *session->shared;
+	char *text = FailureText(failure);
+
+	stats::SetError(stream, failure->sqlstate, text);
+	SpinLockAcquire(&stream.mutex);
+	stream.state = state;
+	stream.consecutive_failures = session->failures;
+	stream.next_retry_at = session->retry_at;
+	stream.blocked_ticket = blocked_ticket;
+	SpinLockRelease(&stream.mutex);
+	pg_atomic_fetch_add_u64(&stream.counters.retries, 1);
+	LogFailure(session, text);
+	pfree(text);
+}
+
+/*
+ * Decide what a failure means.  `refused`: it is the peer's answer to the oldest
+ * batch.  A permanent refusal of several transactions is narrowed down at once;
+ * of one, it blocks the stream, which then tries again at the longest delay.
+ */
+void
+Fail(Session *session, const connection::Failure *failure, bool refused)
+{
+	bool permanent = refused && session->outstanding > 0 &&
+					 !connection::IsTransient(failure->sqlstate);
+	int64 transactions = session->outstanding > 0 ? session->lanes[0].transactions : 0;
+	uint64 ticket = session->outstanding > 0 ? session->lanes[0].first_ticket : 0;
+
+	DropPeer(session);
+	if (refused && transactions > 1)
+		session->group_limit = Max(transactions / 2, 1);
+	if (permanent && transactions > 1)
+	{
+		session->retry_at = 0;
+		return;
+	}
+	session->failures++;
+	session->retry_at = NextRetry(session);
+	if (permanent)
+		session->retry_at = connection::DeadlineIn(guc::retry_max_delay);
+	PublishFailure(session, failure,
+				   permanent ? shmem::WorkerState::Blocked : shmem::WorkerState::Retrying,
+				   permanent ? ticket : 0);
+}
+
+void
+NoteSuccess(Session *session)
+{
+	shmem::Stream &stream = *session->shared;
+
+	session->group_limit = Min(session->group_limit * 2, (int64) guc::batch_transactions);
+	if (session->failures > 0)
+		ereport(LOG, (errmsg("mmrepl: delivery to server \"%s\" goes on after %d failures",
+							 session->target->server_name, session->failures)));
+	session->failures = 0;
+	session->retry_at = 0;
+	session->logged[0] = '\0';
+	SpinLockAcquire(&stream.mutex);
+	stream.state = session->feed.from_tables ? shmem::WorkerState::CatchingUp
+											 : shmem::WorkerState::Streaming;
+	stream.consecutive_failures = 0;
+	stream.next_retry_at = 0;
+	stream.blocked_ticket = 0;
+	SpinLockRelease(&stream.mutex);
+}
+
+} // namespace mmrepl::worker

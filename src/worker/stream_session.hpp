@@ -1,0 +1,60 @@
+/*
+ * stream_session.hpp
+ *		State of a stream worker, shared by the files that make it up.
+ */
+#pragma once
+
+#include "worker_internal.hpp"
+
+namespace mmrepl::worker
+{
+
+constexpr int kLanes = 2; /* batches on their way at a time */
+
+struct Session
+{
+	int slot;
+	shmem::Stream *shared;
+	int32 stream;
+	Oid server;
+	Oid owner;
+
+	MemoryContext config_context;
+	connection::Target *target; /* NULL: to be resolved */
+	bool attended;
+	uint32 attention_seen;
+
+	Feed feed;
+	PGconn *conn;
+	WaitEventSet *events;
+	int socket_event;
+	bool want_write;
+	bool holds_lock;
+
+	MemoryContext shipments_context;
+	Shipment lanes[kLanes]; /* oldest first */
+	int outstanding;
+	int64 group_limit; /* transactions in a batch; lowered to find a refused one */
+
+	int failures;
+	TimestampTz retry_at; /* 0: now */
+	char logged[256];	  /* last failure that went to the log */
+	TimestampTz logged_at;
+
+	uint64 persisted; /* confirmed, as last written to the stream's row */
+	TimestampTz upkeep_at;
+};
+
+/* session.cpp: connection, ordering lock, failures */
+void Attend(Session *session);
+bool EnsureConnected(Session *session);
+void DropPeer(Session *session);
+void ReleaseLock(Session *session);
+void Fail(Session *session, const connection::Failure *failure, bool refused);
+void NoteSuccess(Session *session);
+
+/* pipeline.cpp: batches out, results in */
+bool Receive(Session *session);
+void Send(Session *session);
+
+} // namespace mmrepl::worker

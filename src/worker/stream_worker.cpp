@@ -1,0 +1,258 @@
+/*
+ * stream_worker.cpp
+ *		The process that delivers one stream: its loop, its waits, its upkeep.
+ *
+ * The loop survives every error: what is not the process's own end is caught,
+ * shown in the view, logged once, and tried again.
+ */
+#include "stream_session.hpp"
+
+namespace mmrepl::worker
+{
+
+constexpr int64 kUpkeepEvery = USECS_PER_SEC;
+
+static int my_slot = -1;
+
+/* ---- process ---- */
+
+/* before_shmem_exit: nobody wakes us any more; the launcher may start another. */
+static void
+LeaveSlot(int, Datum)
+{
+	shmem::Stream &stream = shmem::Get().streams[my_slot];
+
+	SpinLockAcquire(&stream.mutex);
+	if (stream.worker_pid == MyProcPid)
+	{
+		stream.worker_latch = NULL;
+		stream.worker_pid = 0;
+	}
+	SpinLockRelease(&stream.mutex);
+	shmem::WakeLauncher();
+}
+
+/* Become the stream's worker; ends the process when there is one already. */
+static void
+EnterSlot(int slot)
+{
+	shmem::Stream &stream = shmem::Get().streams[slot];
+
+	SpinLockAcquire(&stream.mutex);
+	int other = stream.worker_pid;
+	SpinLockRelease(&stream.mutex);
+	if (other != 0 && BackendPidGetProc(other) != NULL)
+		proc_exit(0);
+	my_slot = slot;
+	before_shmem_exit(LeaveSlot, (Datum) 0);
+	SpinLockAcquire(&stream.mutex);
+	stream.worker_latch = MyLatch;
+	stream.worker_pid = MyProcPid;
+	SpinLockRelease(&stream.mutex);
+}
+
+static void
+InitSession(Session *session, int slot)
+{
+	*session = {};
+	session->slot = slot;
+	session->shared = &shmem::Get().streams[slot];
+	session->stream = session->shared->id;
+	session->server = session->shared->server;
+	session->owner = session->shared->owner;
+	session->group_limit = guc::batch_transactions;
+	session->config_context =
+		AllocSetContextCreate(TopMemoryContext, "mmrepl configuration", ALLOCSET_SMALL_SIZES);
+	session->shipments_context =
+		AllocSetContextCreate(TopMemoryContext, "mmrepl shipments", ALLOCSET_DEFAULT_SIZES);
+}
+
+/* ---- upkeep ---- */
+
+/* Write the position down and rotate; the loss of either is harmless. */
+static void
+Upkeep(Session *session)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	uint64 confirmed = pg_atomic_read_u64(&session->shared->confirmed);
+
+	if (now < session->upkeep_at || confirmed == session->persisted)
+		return;
+	InTransaction([&] {
+		SetConfigOption("synchronous_commit", "off", PGC_USERSET, PGC_S_SESSION);
+		(void) catalog::UpdateStreamRow(session->stream, &confirmed, NULL);
+	});
+	InTransaction([&] { queue::Rotate(); });
+	session->persisted = confirmed;
+	session->upkeep_at = now + kUpkeepEvery;
+	pgstat_report_stat(false);
+}
+
+/* ---- waiting ---- */
+
+static bool
+TakeRetryNow(Session *session)
+{
+	SpinLockAcquire(&session->shared->mutex);
+	bool asked = session->shared->retry_now;
+
+	session->shared->retry_now = false;
+	SpinLockRelease(&session->shared->mutex);
+	return asked;
+}
+
+/* Milliseconds until something is due; -1: only events matter. */
+static long
+Timeout(const Session *session)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz due = 0;
+
+	if (session->conn == NULL && !session->shared->paused)
+		due = session->retry_at;
+	if (pg_atomic_read_u64(&session->shared->confirmed) != session->persisted)
+		due = due == 0 ? session->upkeep_at : Min(due, session->upkeep_at);
+	if (due == 0)
+		return -1;
+	return Max(TimestampDifferenceMilliseconds(now, due), 1L);
+}
+
+static void
+Wait(Session *session)
+{
+	WaitEvent event;
+	long timeout = Timeout(session);
+
+	if (session->events == NULL)
+	{
+		(void) WaitLatch(MyLatch,
+						 WL_LATCH_SET | WL_EXIT_ON_PM_DEATH | (timeout >= 0 ? WL_TIMEOUT : 0),
+						 timeout, PG_WAIT_EXTENSION);
+	}
+	else
+	{
+		ModifyWaitEvent(session->events, session->socket_event,
+						WL_SOCKET_READABLE | (session->want_write ? WL_SOCKET_WRITEABLE : 0), NULL);
+		(void) WaitEventSetWait(session->events, timeout, &event, 1, PG_WAIT_EXTENSION);
+	}
+	ResetLatch(MyLatch);
+	CHECK_FOR_INTERRUPTS();
+	if (ConfigReloadPending)
+	{
+		ConfigReloadPending = false;
+		ProcessConfigFile(PGC_SIGHUP);
+	}
+}
+
+/* ---- the loop ---- */
+
+static void
+StandAside(Session *session, bool paused)
+{
+	if (session->outstanding > 0)
+		return;
+	ReleaseLock(session);
+	if (paused)
+		stats::SetState(*session->shared, shmem::WorkerState::Paused);
+}
+
+/* Nothing waits: say so even when nothing had to be sent. */
+static void
+NoteIdle(Session *session)
+{
+	if (session->outstanding == 0 && !session->feed.from_tables)
+	{
+		SpinLockAcquire(&session->shared->mutex);
+		bool settled = session->shared->state == shmem::WorkerState::Streaming &&
+					   session->shared->consecutive_failures == 0;
+		SpinLockRelease(&session->shared->mutex);
+		if (!settled)
+			NoteSuccess(session);
+	}
+}
+
+/* Whether the next try is not due yet. */
+static bool
+BackingOff(const Session *session)
+{
+	return session->conn == NULL && session->retry_at > GetCurrentTimestamp();
+}
+
+/* One round: everything that can be done without waiting. */
+static void
+Round(Session *session)
+{
+	if (TakeRetryNow(session))
+		session->retry_at = 0;
+	if (session->attended || !BackingOff(session))
+		Attend(session);
+	if (session->conn != NULL && !Receive(session))
+		return;
+	if (session->shared->paused || session->shared->handover_requests > 0)
+	{
+		StandAside(session, session->shared->paused);
+		return;
+	}
+	if (BackingOff(session) || !EnsureConnected(session))
+		return;
+	Send(session);
+	if (session->conn != NULL)
+		NoteIdle(session);
+}
+
+static void
+Serve(Session *session)
+{
+	for (;;)
+	{
+		Round(session);
+		Upkeep(session);
+		Wait(session);
+		MemoryContextReset(CurrentMemoryContext);
+	}
+}
+
+/* An error of our own side: show it, forget the peer, try again later. */
+static void
+Recover(Session *session, ErrorData *error)
+{
+	connection::Failure failure = {};
+
+	AbortCurrentTransaction();
+	failure.sqlstate = error->sqlerrcode;
+	failure.message = error->message;
+	failure.detail = error->detail;
+	failure.hint = error->hint;
+	failure.context = error->context;
+	Fail(session, &failure, false);
+	session->attended = false;
+}
+
+void
+RunStream(int slot)
+{
+	static Session session;
+	MemoryContext context =
+		AllocSetContextCreate(TopMemoryContext, "mmrepl stream worker", ALLOCSET_DEFAULT_SIZES);
+
+	EnterSlot(slot);
+	InitSession(&session, slot);
+	pgstat_report_appname(MyBgworkerEntry->bgw_name);
+	MemoryContextSwitchTo(context);
+	for (;;)
+	{
+		ErrorData *error = Caught([&] {
+			if (session.feed.context == NULL)
+				InContext(TopMemoryContext,
+						  [&] { StartFeed(&session.feed, session.stream, slot, false); });
+			Serve(&session);
+		});
+
+		MemoryContextSwitchTo(context);
+		Recover(&session, error);
+		MemoryContextReset(context);
+		Wait(&session);
+	}
+}
+
+} // namespace mmrepl::worker

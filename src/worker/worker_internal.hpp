@@ -1,0 +1,136 @@
+/*
+ * worker_internal.hpp
+ *		What launcher, stream worker, deal_sync_err_rec and the steering functions share.
+ */
+#pragma once
+
+#include "mmrepl/catalog.hpp"
+#include "mmrepl/connection.hpp"
+#include "mmrepl/delivery.hpp"
+#include "mmrepl/queue.hpp"
+#include "mmrepl/shmem.hpp"
+#include "mmrepl/stats.hpp"
+#include "mmrepl/worker.hpp"
+
+namespace mmrepl::worker
+{
+
+/*
+ * A feed turns a stream's queue into batches, in order.  It reads the ring while
+ * the ring has everything after `position`, else the tables.  Only the holder of
+ * the stream's ordering lock may use one.
+ */
+struct Feed
+{
+	int32 stream;
+	int slot;
+	shmem::Stream *shared;
+	shmem::Database *database;
+	pg_uuid_t node;
+	MemoryContext context;
+	bool tables_only; /* deal_sync_err_rec: leave the ring to the worker */
+
+	uint64 position;  /* everything up to here is in a batch, or needs none */
+	uint64 watermark; /* of the peer once all batches made so far are applied */
+	bool from_tables;
+	uint32 late_seen; /* database.late_events when the tables were last read */
+
+	queue::Ref *refs; /* of the last reading of the tables; NULL: none */
+	int n_refs;
+	int next_ref;
+	bool refs_complete;
+	uint64 refs_below;
+
+	uint64 inline_passed; /* inline transactions passed since markers were swept */
+	uint64 sweep_xid;	  /* candidate for sweeping markers below, 0: none */
+	uint64 sweep_after;	  /* ... once everything up to this ticket is confirmed */
+};
+
+/* One remote transaction on its way: a batch, or the parts of a large one. */
+struct Shipment
+{
+	MemoryContext context;
+	delivery::Batch batch;
+	int64 transactions;
+	int64 changes;
+	int64 bytes;		 /* of queue payload, for the backlog counters */
+	uint64 first_ticket;
+	uint64 confirm_to;	 /* all up to here is confirmed when it is applied */
+	uint64 last_ticket;	 /* newest transaction in it: for the lag */
+	uint64 previous; /* the peer's watermark before it */
+	uint64 sweep_xid;
+	List *late; /* of queue::Ref *: heads to remove afterwards */
+	bool large; /* a chunked transaction in parts */
+	queue::Cursor cursor;
+	uint64 large_xid;
+	uint8 large_flags;
+	uint64 large_changes;
+	uint32 part;
+	bool all_sent;	 /* every part and the sync message */
+	int results_due; /* apply() results not yet received */
+};
+
+/* How much one batch may take. */
+struct Budget
+{
+	int64 bytes;
+	int64 transactions;
+	int64 changes;
+};
+
+void StartFeed(Feed *feed, int32 stream, int slot, bool tables_only);
+void FreeFeed(Feed *feed);
+
+/* Begin again after `confirmed` and the peer's watermark. */
+void ResetFeed(Feed *feed, uint64 watermark);
+
+/*
+ * Fill the shipment with the next batch; false when nothing is ready.  May move
+ * the position over work that needs no delivery.  Runs a local transaction of
+ * its own when it has to read the tables and none is open.
+ */
+bool NextShipment(Feed *feed, Shipment *shipment, const Budget &budget);
+
+/* The next part of a large transaction is put into shipment->batch. */
+void NextPart(Feed *feed, Shipment *shipment, int64 bytes);
+
+/* Nothing on its way and nothing found: confirm what was passed; true when it did move. */
+void ConfirmPassed(Feed *feed);
+
+/* An empty batch that only moves the watermark and sweeps markers, if it is time. */
+bool SweepShipment(Feed *feed, Shipment *shipment);
+
+/* The peer has it: positions, counters, late heads. */
+void Applied(Feed *feed, Shipment *shipment);
+
+void StartShipment(Shipment *shipment, MemoryContext parent);
+void EndShipment(Shipment *shipment);
+
+/* Run fn in a transaction, unless one is open (deal_sync_err_rec has its caller's). */
+template <typename Fn>
+void
+InTransaction(Fn fn)
+{
+	bool own = !IsTransactionState();
+	MemoryContext context = CurrentMemoryContext;
+
+	if (own)
+	{
+		SetCurrentStatementStartTimestamp();
+		StartTransactionCommand();
+		MemoryContextSwitchTo(context);
+	}
+	fn();
+	if (own)
+	{
+		CommitTransactionCommand();
+		MemoryContextSwitchTo(context);
+	}
+}
+
+/* Entry points of the processes; bgw_extra holds nothing, the argument what they serve. */
+void RunLauncher();
+void RunScout(Oid database);
+void RunStream(int slot);
+
+} // namespace mmrepl::worker
