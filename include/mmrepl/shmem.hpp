@@ -193,6 +193,7 @@ Database &DatabaseOf(Oid database);
 
 /* Ask the launcher to look for new streams of this process's database; no error, no lock wait. */
 void RequestScout();
+void RequestScoutOf(Oid database);
 
 /* Wake processes; safe in any state, no error. */
 void WakeWorker(Stream &stream);

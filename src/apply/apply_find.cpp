@@ -95,6 +95,7 @@ InitSearch(Leaf *leaf, Oid index_oid)
 		ScanKeyEntryInitialize(&leaf->keys[i], 0, i + 1, BTEqualStrategyNumber, InvalidOid,
 							   index->rd_indcollation[i], get_opcode(equal), (Datum) 0);
 	}
+	leaf->context = CurrentMemoryContext;
 	InitDirtySnapshot(leaf->dirty);
 	leaf->scan = BeginIndexScan(leaf->info->ri_RelationDesc, index, &leaf->dirty, n_keys);
 }
@@ -226,12 +227,15 @@ FindRow(Leaf *leaf, TupleTableSlot *search, LockTupleMode mode)
 
 	if (!SetKeys(leaf, search))
 		return false;
+	MemoryContext old = MemoryContextSwitchTo(leaf->context);
+
 	while (again)
 	{
 		CHECK_FOR_INTERRUPTS();
 		found = TryFind(leaf, mode, &again);
 	}
 	index_rescan(leaf->scan, leaf->keys, leaf->n_keys, NULL, 0);
+	MemoryContextSwitchTo(old);
 	return found;
 }
 

@@ -100,6 +100,7 @@ struct Leaf
 	AttrNumber *key_attnums; /* in the index' order */
 	SnapshotData dirty;
 	IndexScanDesc scan;
+	MemoryContext context; /* the scan's: it allocates as it goes, and outlives the row */
 };
 
 /* A relation of the change set at this node, open for the rest of the batch. */

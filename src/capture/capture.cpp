@@ -16,6 +16,7 @@ void
 Init()
 {
 	InitCache();
+	InitTruncateHook();
 }
 
 /* Refuse calls that are not an AFTER trigger's. */

@@ -46,5 +46,6 @@ struct CapturedTable
 CapturedTable *LookUp(Relation rel, Trigger *trigger);
 
 void InitCache();
+void InitTruncateHook();
 
 } // namespace mmrepl::capture

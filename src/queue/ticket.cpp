@@ -376,12 +376,15 @@ WaitConfirmed(shmem::Stream &stream, uint64 ticket, TimestampTz deadline)
 
 /* ---- ordering lock ---- */
 
+/* Sub-object 1 of the stream; sub-object 0 is the lock of the stream's row (catalog). */
 static LOCKTAG
 OrderingTag(int32 stream)
 {
+	constexpr uint16 ordering = 1;
 	LOCKTAG tag;
 
-	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, catalog::GetRelations().stream, (uint32) stream, 0);
+	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, catalog::GetRelations().stream, (uint32) stream,
+					   ordering);
 	return tag;
 }
 

@@ -320,6 +320,15 @@ RequestScout()
 }
 
 void
+RequestScoutOf(Oid database)
+{
+	for (Database &each : state->databases)
+		if (each.oid == database)
+			pg_atomic_write_u32(&each.scout_wanted, 1);
+	WakeLauncher();
+}
+
+void
 WakeLauncher()
 {
 	Latch *latch = state->launcher_latch;

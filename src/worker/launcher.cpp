@@ -55,6 +55,7 @@ Init()
 	DescribeWorker(&worker, "mmrepl_launcher_main", "mmrepl launcher");
 	worker.bgw_restart_time = 1;
 	RegisterBackgroundWorker(&worker);
+	InitDatabaseHook();
 }
 
 /* NULL, and one WARNING, while max_worker_processes is exhausted. */

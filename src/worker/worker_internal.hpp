@@ -128,6 +128,9 @@ InTransaction(Fn fn)
 	}
 }
 
+/* database_hook.cpp */
+void InitDatabaseHook();
+
 /* Entry points of the processes; bgw_extra holds nothing, the argument what they serve. */
 void RunLauncher();
 void RunScout(Oid database);
