@@ -376,7 +376,12 @@ WaitConfirmed(shmem::Stream &stream, uint64 ticket, TimestampTz deadline)
 
 /* ---- ordering lock ---- */
 
-/* Sub-object 1 of the stream; sub-object 0 is the lock of the stream's row (catalog). */
+/*
+ * Sub-object 1 of the stream; sub-object 0 is the lock of the stream's row
+ * (catalog).  The lock method of advisory locks: a session's locks of the default
+ * method would go with any aborted transaction, and stay behind when the process
+ * is terminated between two transactions.
+ */
 static LOCKTAG
 OrderingTag(int32 stream)
 {
@@ -385,6 +390,7 @@ OrderingTag(int32 stream)
 
 	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, catalog::GetRelations().stream, (uint32) stream,
 					   ordering);
+	tag.locktag_lockmethodid = USER_LOCKMETHOD;
 	return tag;
 }
 

@@ -79,7 +79,7 @@ NameIsGone(const char *server, const List *streams)
 
 	if (OidIsValid(get_foreign_server_oid(server, true)))
 		return false;
-	foreach (cell, streams)
+	foreach(cell, streams)
 	{
 		const catalog::StreamRow *stream = (const catalog::StreamRow *) lfirst(cell);
 
@@ -133,14 +133,14 @@ RemoveWhatServersLeft(const Node *command)
 	List *streams = catalog::AllStreams();
 	ListCell *cell;
 
-	foreach (cell, AllPairRows())
+	foreach(cell, AllPairRows())
 	{
 		const PairRow *row = (const PairRow *) lfirst(cell);
 
 		if (NameIsGone(row->server, streams))
 			RemovePairOfServer(*row, command);
 	}
-	foreach (cell, streams)
+	foreach(cell, streams)
 	{
 		const catalog::StreamRow *stream = (const catalog::StreamRow *) lfirst(cell);
 

@@ -184,7 +184,7 @@ RegisterWithArguments(Relation rel, const Trigger *trigger)
 	WakeLauncher();
 }
 
-/* While pg_upgrade restores the schema: nobody is asked, everything was checked once. */
+/* Where nothing can be checked: what was checked once, and is restored now, depends as before. */
 void
 RestoreDependency(const Trigger *trigger)
 {
@@ -198,19 +198,15 @@ RestoreDependency(const Trigger *trigger)
 
 } // namespace
 
-/* Not preloaded, nothing can be made; the trigger then fails whenever it fires. */
+/*
+ * While pg_upgrade restores the schema everything was checked before.  Not
+ * preloaded, nothing can be made; the trigger then fails whenever it fires.
+ */
 void
 RegisterHandTrigger(Relation rel, const Trigger *trigger)
 {
-	if (IsBinaryUpgrade)
+	if (IsBinaryUpgrade || !shmem::Ready())
 		RestoreDependency(trigger);
-	else if (!shmem::Ready())
-		ereport(WARNING,
-				(errcode(ERRCODE_MMREPL_NOT_PRELOADED),
-				 errmsg("trigger \"%s\" was not checked: mmrepl_bgw is not preloaded",
-						trigger->tgname),
-				 errhint("Put mmrepl_bgw into shared_preload_libraries, restart the server, and "
-						 "create the trigger again.")));
 	else
 	{
 		CheckShape(trigger);
@@ -220,6 +216,13 @@ RegisterHandTrigger(Relation rel, const Trigger *trigger)
 			RegisterWithArguments(rel, trigger);
 		KeepFiringAlways(rel);
 	}
+	if (!IsBinaryUpgrade && !shmem::Ready())
+		ereport(WARNING,
+				(errcode(ERRCODE_MMREPL_NOT_PRELOADED),
+				 errmsg("trigger \"%s\" was not checked: mmrepl_bgw is not preloaded",
+						trigger->tgname),
+				 errhint("Add mmrepl_bgw to shared_preload_libraries and restart the server: until "
+						 "then writes to the table fail.")));
 }
 
 /* A disabled trigger may be in any state.  The owner's mapping is looked at as well. */

@@ -470,6 +470,28 @@ NextShipment(Feed *feed, Shipment *shipment, const Budget &budget)
 }
 
 /*
+ * Nothing waits: the backlog counters should say so, but a worker that died
+ * between the peer's commit and its own book-keeping left something behind.  A
+ * commit that comes meanwhile has drawn a ticket, or changes what was read.
+ */
+static void
+ReconcileBacklog(Feed *feed)
+{
+	shmem::Stream &stream = *feed->shared;
+	pg_atomic_uint64 *counters[] = {&stream.queued_transactions, &stream.queued_changes,
+									&stream.queued_bytes, &stream.oldest_ticket};
+	uint64 seen[lengthof(counters)];
+
+	for (size_t i = 0; i < lengthof(counters); i++)
+		seen[i] = pg_atomic_read_u64(counters[i]);
+	if (queue::LastTicket(stream) > feed->position)
+		return;
+	for (size_t i = 0; i < lengthof(counters); i++)
+		if (seen[i] != 0)
+			(void) pg_atomic_compare_exchange_u64(counters[i], &seen[i], 0);
+}
+
+/*
  * With the ring empty and no gap, everything below the lowest ticket in flight
  * has been passed (read in this order).
  */
@@ -486,6 +508,8 @@ ConfirmPassed(Feed *feed)
 			feed->position = Max(feed->position, below - 1);
 	}
 	queue::Confirm(*feed->shared, feed->position);
+	if (!feed->from_tables)
+		ReconcileBacklog(feed);
 }
 
 /* ---- after delivery ---- */
