@@ -46,8 +46,8 @@ sub settle
 	is( join('', grep { $_ ne '' && $_ !~ $retryable } $err_here, $err_there),
 		'',
 		"$name: and no other error");
-	cmp_ok($took_here, '<', 40, "$name: alpha's wait is bounded");
-	cmp_ok($took_there, '<', 40, "$name: beta's wait is bounded");
+	cmp_ok($took_here, '<', 25, "$name: alpha's wait is bounded");
+	cmp_ok($took_there, '<', 25, "$name: beta's wait is bounded");
 
 	foreach my $session ($here, $there)
 	{
@@ -160,7 +160,7 @@ section 'two masters in sync mode that want the same rows' => sub {
 	foreach my $session ($here, $there)
 	{
 		# Should the extension fail to end it, statement_timeout ends the test.
-		$session->ok(q{SET statement_timeout = '60s'});
+		$session->ok(q{SET statement_timeout = '30s'});
 	}
 
 	# The same row, both changed locally before either knows of the other.

@@ -155,7 +155,8 @@ section 'create_pair, the view and the triggers' => sub {
 	like(here("SELECT remote_table FROM mmrepl.pairs WHERE pair_id = $id"),
 		qr/^public\.plain$/, 'and the local name as the remote one');
 
-	like(here('\d plain'), qr/Triggers.*mmrepl/s, '\d shows the triggers');
+	like(here("\\t off\n\\d plain"),
+		qr/Triggers.*mmrepl/s, '\d shows the triggers');
 	my ($dump) = run_command(
 		[
 			'pg_dump', '--schema-only',
@@ -219,7 +220,8 @@ section 'create_pair, the view and the triggers' => sub {
 	here(q{SELECT mmrepl.drop_pair('plain', 'beta')});
 	is(here(q{SELECT count(*) FROM mmrepl.pairs}),
 		'0', 'drop_pair: the view is empty');
-	unlike(here('\d plain'), qr/mmrepl/, 'and the triggers are gone');
+	unlike(here("\\t off\n\\d plain"),
+		qr/mmrepl/, 'and the triggers are gone');
 	here(q{INSERT INTO plain VALUES (20, 'not replicated')});
 	is(here('SELECT count(*) FROM mmrepl.sync_err_rec'),
 		'0', 'a later write is not captured');

@@ -205,7 +205,7 @@ section 'a transaction larger than its buffer' => sub {
 				BEGIN
 					INSERT INTO big SELECT i * 10000 + g, repeat('c', 50)
 					FROM generate_series(1, 2000) g;
-					UPDATE big SET v = 'by ' || i WHERE id <= 100;
+					UPDATE big SET v = 'by ' || i WHERE id BETWEEN 1 AND 100;
 					IF i % 2 = 0 THEN
 						RAISE EXCEPTION 'no';
 					END IF;

@@ -170,6 +170,10 @@ section 'restarts with a backlog' => sub {
 	synced();
 	$alpha->same_rows($beta, $_, name => "$_: the peer crashed three times")
 	  foreach ('item', 'other');
+	is($alpha->queued('beta'), '0', 'the queue is empty again');
+	stat_ok(
+		'queue_transactions = 0 AND queue_changes = 0 AND queue_bytes = 0',
+		'and is counted as such');
 };
 
 section 'retry_now' => sub {

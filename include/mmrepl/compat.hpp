@@ -51,6 +51,17 @@ PeerWaitEvent()
 #endif
 }
 
+/* The local id of this backend's transaction (17: in vxid). */
+inline LocalTransactionId
+MyLocalTransaction()
+{
+#if PG_VERSION_NUM >= 170000
+	return MyProc->vxid.lxid;
+#else
+	return MyProc->lxid;
+#endif
+}
+
 /* Whether the role owns the relation, or is superuser (16: object_ownercheck). */
 inline bool
 OwnsRelation(Oid relation, Oid role)

@@ -198,8 +198,24 @@ void Confirm(shmem::Stream &stream, uint64 ticket);
 /* Take delivered work off the backlog counters. */
 void Discount(shmem::Stream &stream, uint64 transactions, uint64 changes, uint64 bytes);
 
-/* Wait until confirmed >= ticket; false at the deadline. Interruptible. */
-bool WaitConfirmed(shmem::Stream &stream, uint64 ticket, TimestampTz deadline);
+/* All rows of COMMIT PREPARED commands up to this number are at the peer, too. */
+void ConfirmLate(shmem::Stream &stream, uint32 ended);
+
+/* The database's COMMIT PREPARED commands; ordered after the reads before it. */
+shmem::LateWord ReadLate(const shmem::Database &database);
+
+/* All that was committed here on a stream when it was taken: a ticket and late work. */
+struct Goal
+{
+	uint64 ticket;
+	uint32 late;
+};
+
+Goal CurrentGoal(const shmem::Stream &stream);
+bool Reached(const shmem::Stream &stream, const Goal &goal);
+
+/* Wait until the goal is reached; false at the deadline. Interruptible. */
+bool WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline);
 /* The last ticket drawn for the stream. */
 uint64 LastTicket(const shmem::Stream &stream);
 

@@ -76,6 +76,7 @@ struct Stream
 	/* Order. last_ticket is guarded by the clock spinlock. */
 	uint64 last_ticket;			/* last ticket drawn for this stream */
 	pg_atomic_uint64 confirmed; /* all committed work with ticket <= this is at the peer */
+	pg_atomic_uint32 late_confirmed; /* late work up to this LateWord::Ended() is there, too */
 	pg_atomic_uint64 ring_gap;	/* tickets <= this may be missing in the ring */
 	pg_atomic_uint64 commit_lsn; /* end of the last commit record of captured work */
 
@@ -112,14 +113,41 @@ struct Stream
 	ConditionVariable confirmed_cv; /* broadcast when confirmed grows */
 };
 
+/*
+ * A database's COMMIT PREPARED commands, in one word so that both halves change
+ * together: how many are under way (high half), how many have ended (low half).
+ * Rows of a prepared transaction become visible, with an old ticket, while its
+ * command is under way.
+ */
+struct LateWord
+{
+	uint64 word;
+
+	static constexpr uint64 kBegin = UINT64CONST(1) << 32;
+	static constexpr uint64 kEnd = 1 - kBegin; /* added: one less under way, one more ended */
+
+	bool UnderWay() const
+	{
+		return word >= kBegin;
+	}
+	uint32 Ended() const
+	{
+		return (uint32) word;
+	}
+	/* What Ended() will be when those now under way have ended. */
+	uint32 Expected() const
+	{
+		return (uint32) word + (uint32) (word >> 32);
+	}
+};
+
 /* What is shared per database. */
 struct Database
 {
 	Oid oid; /* InvalidOid: free */
 	pg_atomic_uint32 ready;		   /* 1: clock and backlog were read from the queue tables */
 	pg_atomic_uint32 active_table; /* queue table that takes new rows */
-	pg_atomic_uint32 late_pending; /* COMMIT PREPARED of captured work under way */
-	pg_atomic_uint32 late_events;  /* grows with every COMMIT PREPARED */
+	pg_atomic_uint64 late;		   /* COMMIT PREPARED commands; see LateWord */
 	pg_atomic_uint32 scout_wanted; /* 1: streams may have appeared; for the launcher */
 };
 

@@ -33,12 +33,12 @@ struct Transaction
 	uint32 segments;
 };
 
+/* What came is not what batch.hpp describes; never returns. */
 void
 Malformed(const char *detail)
 {
-	ereport(ERROR,
-			(errcode(ERRCODE_MMREPL_BAD_BATCH), errmsg("malformed replication batch"),
-			 errdetail_internal("%s", detail)));
+	ereport(ERROR, (errcode(ERRCODE_MMREPL_BAD_BATCH), errmsg("malformed replication batch"),
+					errdetail_internal("%s", detail)));
 }
 
 /* A new command, seen by the active snapshot (which is apply()'s own copy). */
@@ -49,6 +49,7 @@ NextCommand()
 	UpdateActiveSnapshotCommandId();
 }
 
+/* Whether the owner could take the role of the caller at any time. */
 bool
 IsTrusted(const Session *session, Oid owner)
 {
@@ -85,14 +86,14 @@ ReadNumber(change::Reader *in)
 	return number;
 }
 
+/* Raise unless the batch is of a protocol that is spoken here. */
 static void
 ReadMagic(change::Reader *in)
 {
 	if (in->U32() != batch::kMagic)
-		ereport(ERROR,
-				(errcode(ERRCODE_MMREPL_BAD_BATCH),
-				 errmsg("not a replication batch of protocol %d", batch::kProtocol),
-				 errhint("Update the extension mmrepl_bgw on the older node.")));
+		ereport(ERROR, (errcode(ERRCODE_MMREPL_BAD_BATCH),
+						errmsg("not a replication batch of protocol %d", batch::kProtocol),
+						errhint("Update the extension mmrepl_bgw on the older node.")));
 }
 
 /* Fills the header; every field is within its range. */
@@ -130,6 +131,7 @@ FollowClock(uint64 clock)
 		;
 }
 
+/* Fill the head of the batch's next transaction; its segments follow in the reader. */
 static void
 ReadTransaction(Session *session, Transaction *transaction)
 {
@@ -160,11 +162,10 @@ CheckPart(const Header &header)
 		parts.top_xid == GetTopTransactionIdIfAny() &&
 		parts.subxact == GetCurrentSubTransactionId())
 		return;
-	ereport(ERROR,
-			(errcode(ERRCODE_MMREPL_OUT_OF_ORDER),
-			 errmsg("part %u of a large transaction does not follow part %u of it", header.part,
-					header.part - 1),
-			 errdetail("All parts have to come in one transaction, in their order.")));
+	ereport(ERROR, (errcode(ERRCODE_MMREPL_OUT_OF_ORDER),
+					errmsg("part %u of a large transaction does not follow part %u of it",
+						   header.part, header.part - 1),
+					errdetail("All parts have to come in one transaction, in their order.")));
 }
 
 /* The transaction that the batch before left unfinished goes on. */
@@ -187,14 +188,12 @@ AdmitInline(const Header &header, const Transaction &transaction, bool continues
 				  : InsertMarker(header.node, transaction.xid))
 		return true;
 	if (continues)
-		ereport(ERROR,
-				(errcode(ERRCODE_MMREPL_OUT_OF_ORDER),
-				 errmsg("part %u of inline transaction %llu came outside of it", header.part,
-						(unsigned long long) transaction.xid)));
-	ereport(ERROR,
-			(errcode(ERRCODE_MMREPL_OUT_OF_ORDER),
-			 errmsg("inline transaction %llu has been applied before",
-					(unsigned long long) transaction.xid)));
+		ereport(ERROR, (errcode(ERRCODE_MMREPL_OUT_OF_ORDER),
+						errmsg("part %u of inline transaction %llu came outside of it", header.part,
+							   (unsigned long long) transaction.xid)));
+	ereport(ERROR, (errcode(ERRCODE_MMREPL_OUT_OF_ORDER),
+					errmsg("inline transaction %llu has been applied before",
+						   (unsigned long long) transaction.xid)));
 }
 
 /* Whether the transaction has to be applied, or is here already. */
@@ -214,6 +213,7 @@ Admit(const Header &header, const Transaction &transaction, bool first, uint64 w
 	return true;
 }
 
+/* Apply every change of a segment, in order.  Relations live as long as the segment. */
 static void
 ApplySegment(Session *session, const char *data, uint32 length)
 {
@@ -250,6 +250,7 @@ ApplyTransactions(Session *session, uint64 watermark)
 
 		ReadTransaction(session, &transaction);
 		session->ticket = transaction.ticket;
+		session->xid = transaction.xid;
 		apply = Admit(session->header, transaction, first, watermark);
 		for (uint32 i = 0; i < transaction.segments; i++)
 		{
@@ -287,19 +288,19 @@ ExpectPart(const Session *session, bool applied)
 
 /* ---- the call ---- */
 
+/* Raise when a batch is missing before this one. */
 static void
 CheckPrevious(const Header &header, uint64 watermark)
 {
 	if (header.previous <= watermark)
 		return;
-	ereport(ERROR,
-			(errcode(ERRCODE_MMREPL_OUT_OF_ORDER),
-			 errmsg("replication batch follows ticket %llu, which is not here yet",
-					(unsigned long long) header.previous),
-			 errdetail("The last ticket of stream %d that was applied here is %llu.",
-					   header.stream, (unsigned long long) watermark),
-			 errhint("The batch before has failed, or this node was restored from an older "
-					 "state; the sender starts again after mmrepl.hello().")));
+	ereport(ERROR, (errcode(ERRCODE_MMREPL_OUT_OF_ORDER),
+					errmsg("replication batch follows ticket %llu, which is not here yet",
+						   (unsigned long long) header.previous),
+					errdetail("The last ticket of stream %d that was applied here is %llu.",
+							  header.stream, (unsigned long long) watermark),
+					errhint("The batch before has failed, or this node was restored from an older "
+							"state; the sender starts again after mmrepl.hello().")));
 }
 
 /*
@@ -357,6 +358,7 @@ Begin(Session *session)
 	PushCopiedSnapshot(GetLatestSnapshot());
 }
 
+/* Undo Begin(), with the work visible to the rest of the statement. */
 static void
 End(Session *session)
 {
@@ -367,6 +369,7 @@ End(Session *session)
 	MemoryContextDelete(session->context);
 }
 
+/* The call between the header and the error handler; returns the watermark. */
 static uint64
 Run(Session *session)
 {
@@ -392,11 +395,11 @@ static void
 RefuseNesting()
 {
 	if (origin::Applying())
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("mmrepl.apply() cannot be called while it runs")));
+		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+						errmsg("mmrepl.apply() cannot be called while it runs")));
 }
 
+/* Nothing of a refused batch stays: the caller's transaction aborts, this session is as before. */
 uint64
 ApplyBatch(const char *data, uint32 length)
 {
@@ -419,6 +422,7 @@ ApplyBatch(const char *data, uint32 length)
 	return watermark;
 }
 
+/* Waits for nobody but a session that is just making the same row. */
 uint64
 Watermark(const pg_uuid_t &node, int32 stream)
 {
@@ -429,6 +433,7 @@ Watermark(const pg_uuid_t &node, int32 stream)
 	return progress.watermark;
 }
 
+/* A part of the next transaction cannot follow one of this. */
 void
 AtTransactionEnd()
 {
@@ -437,6 +442,7 @@ AtTransactionEnd()
 
 /* ---- SQL ---- */
 
+/* mmrepl.apply(bytea) */
 Datum
 SqlApply(FunctionCallInfo fcinfo)
 {
@@ -462,14 +468,12 @@ SqlHello(FunctionCallInfo fcinfo)
 	shmem::RequireReady();
 	PreventCommandIfReadOnly("mmrepl.hello()");
 	if (protocol < 1)
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("invalid protocol version: %d", protocol)));
+		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+						errmsg("invalid protocol version: %d", protocol)));
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE || desc->natts != 4)
-		ereport(ERROR,
-				(errcode(ERRCODE_DATATYPE_MISMATCH),
-				 errmsg("mmrepl.hello() is not declared as this library expects"),
-				 errhint("ALTER EXTENSION mmrepl_bgw UPDATE;")));
+		ereport(ERROR, (errcode(ERRCODE_DATATYPE_MISMATCH),
+						errmsg("mmrepl.hello() is not declared as this library expects"),
+						errhint("ALTER EXTENSION mmrepl_bgw UPDATE;")));
 	pg_uuid_t own = catalog::NodeId();
 	Datum values[4] = {Int32GetDatum(Min(protocol, batch::kProtocol)), UUIDPGetDatum(&own),
 					   Int64GetDatum((int64) Watermark(*node, stream)),

@@ -9,6 +9,7 @@ namespace mmrepl::apply
 
 constexpr int kShownBytes = 64; /* of a text key */
 
+/* The change's name in messages. */
 static const char *
 Operation(const change::Change *change)
 {
@@ -78,39 +79,49 @@ AppendKey(StringInfo out, const Session *session)
 	appendStringInfoChar(out, ')');
 }
 
+/* The usual form of a uuid, without a function that could raise. */
 static void
 FormatNode(const pg_uuid_t &node, char *out)
 {
 	for (int i = 0; i < UUID_LEN; i++)
-		out += sprintf(out, (i == 4 || i == 6 || i == 8 || i == 10) ? "-%02x" : "%02x",
-					   node.data[i]);
+		out +=
+			sprintf(out, (i == 4 || i == 6 || i == 8 || i == 10) ? "-%02x" : "%02x", node.data[i]);
 }
 
+/* "ticket 7 (INSERT, relation "s.t", key (5))", as far as it is known. */
+static void
+AppendWork(StringInfo out, const Session *session)
+{
+	if (session->header.Inline())
+		appendStringInfo(out, "inline transaction %llu", (unsigned long long) session->xid);
+	else if (session->ticket != 0)
+		appendStringInfo(out, "ticket %llu", (unsigned long long) session->ticket);
+	else
+		appendStringInfo(out, "a batch of stream %d", session->header.stream);
+	if (session->schema == NULL)
+		return;
+	appendStringInfoString(out, " (");
+	if (session->change != NULL)
+		appendStringInfo(out, "%s, ", Operation(session->change));
+	appendStringInfo(out, "relation \"%s.%s\"", session->schema, session->table);
+	if (session->change != NULL)
+		AppendKey(out, session);
+	appendStringInfoChar(out, ')');
+}
+
+/* One CONTEXT line; allocates where the error is being put together. */
 void
 AddContext(void *arg)
 {
 	const Session *session = (const Session *) arg;
 	char node[40];
-	StringInfoData what;
+	StringInfoData work;
 
 	FormatNode(session->header.node, node);
-	if (session->schema == NULL)
-	{
-		errcontext("applying ticket %llu from node %s", (unsigned long long) session->ticket, node);
-		return;
-	}
-	initStringInfo(&what);
-	if (session->change != NULL)
-	{
-		appendStringInfo(&what, "%s, relation \"%s.%s\"", Operation(session->change),
-						 session->schema, session->table);
-		AppendKey(&what, session);
-	}
-	else
-		appendStringInfo(&what, "relation \"%s.%s\"", session->schema, session->table);
-	errcontext("applying ticket %llu (%s) from node %s", (unsigned long long) session->ticket,
-			   what.data, node);
-	pfree(what.data);
+	initStringInfo(&work);
+	AppendWork(&work, session);
+	errcontext("applying %s from node %s", work.data, node);
+	pfree(work.data);
 }
 
 /* Whether the error is the violation of the index in which the key was not found. */
@@ -144,11 +155,13 @@ ExplainLostRace(const Session *session)
 		return;
 	}
 	FlushErrorState();
+	ErrorContextCallback callback = {error_context_stack, AddContext, (void *) session};
+
+	error_context_stack = &callback;
 	ereport(ERROR,
 			(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
 			 errmsg("could not serialize replicated insert due to a concurrent insert of its key"),
-			 error->detail ? errdetail_internal("%s", error->detail) : 0,
-			 error->context ? errcontext_msg("%s", error->context) : 0));
+			 error->detail ? errdetail_internal("%s", error->detail) : 0));
 }
 
 } // namespace mmrepl::apply

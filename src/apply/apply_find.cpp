@@ -48,6 +48,7 @@ Rank(Relation index, const AttrNumber *attnums, int count)
 	return form->indisreplident ? 3 : 2;
 }
 
+/* Takes no lock beyond those of opening the indexes. */
 Oid
 ChooseKeyIndex(Relation rel, const AttrNumber *attnums, int count)
 {
@@ -56,7 +57,7 @@ ChooseKeyIndex(Relation rel, const AttrNumber *attnums, int count)
 	int best_rank = 0;
 	ListCell *cell;
 
-	foreach (cell, indexes)
+	foreach(cell, indexes)
 	{
 		Relation index = index_open(lfirst_oid(cell), AccessShareLock);
 		int rank = Rank(index, attnums, count);
@@ -86,8 +87,7 @@ InitSearch(Leaf *leaf, Oid index_oid)
 	for (int i = 0; i < n_keys; i++)
 	{
 		Oid type = index->rd_opcintype[i];
-		Oid equal =
-			get_opfamily_member(index->rd_opfamily[i], type, type, BTEqualStrategyNumber);
+		Oid equal = get_opfamily_member(index->rd_opfamily[i], type, type, BTEqualStrategyNumber);
 
 		MmreplEnsure(OidIsValid(equal), "missing operator %d(%u,%u) in opfamily %u",
 					 BTEqualStrategyNumber, type, type, index->rd_opfamily[i]);
@@ -175,10 +175,9 @@ static bool
 LockFound(Leaf *leaf, LockTupleMode mode)
 {
 	TM_FailureData failure;
-	TM_Result result = table_tuple_lock(leaf->info->ri_RelationDesc, &leaf->found->tts_tid,
-										GetActiveSnapshot(), leaf->found,
-										GetCurrentCommandId(false), mode, LockWaitBlock, 0,
-										&failure);
+	TM_Result result =
+		table_tuple_lock(leaf->info->ri_RelationDesc, &leaf->found->tts_tid, GetActiveSnapshot(),
+						 leaf->found, GetCurrentCommandId(false), mode, LockWaitBlock, 0, &failure);
 
 	switch (result)
 	{
@@ -239,6 +238,7 @@ FindRow(Leaf *leaf, TupleTableSlot *search, LockTupleMode mode)
 	return found;
 }
 
+/* Calls output functions: not for error handlers. */
 char *
 DescribeKey(Leaf *leaf, TupleTableSlot *row)
 {

@@ -41,14 +41,8 @@ struct Header
 	uint64 sweep_xid;
 	uint32 part;
 
-	bool Inline() const
-	{
-		return (flags & batch::kInline) != 0;
-	}
-	bool More() const
-	{
-		return (flags & batch::kMore) != 0;
-	}
+	bool Inline() const { return (flags & batch::kInline) != 0; }
+	bool More() const { return (flags & batch::kMore) != 0; }
 };
 
 /* How a column's bytes become a datum of the local column. */
@@ -87,8 +81,8 @@ struct Leaf
 	Leaf *next;
 	ResultRelInfo *info;
 	const char *schema;
-	bool fires; /* has row triggers that fire in replica role and are not ours */
-	bool queues; /* those, or rechecks of deferrable constraints */
+	bool fires;		  /* has row triggers that fire in replica role and are not ours */
+	bool queues;	  /* those, or rechecks of deferrable constraints */
 	AttrMap *to_leaf; /* NULL: the layouts are equal */
 	AttrMap *to_root;
 	TupleTableSlot *converted;	/* a root row in this layout */
@@ -113,18 +107,18 @@ struct Target
 	const char *table;
 	Relation rel;
 	Oid owner;
-	bool trusted; /* the owner may act as the caller anyway */
-	bool fires;	  /* a leaf does */
+	bool trusted;	 /* the owner may act as the caller anyway */
+	bool fires;		 /* a leaf does */
 	AclMode checked; /* privileges that the caller has proved */
 	change::Conflict rule;
 	EState *estate;
 	EPQState epq;
 	ResultRelInfo *info;
-	Leaf *leaves; /* last used first */
+	Leaf *leaves;			   /* last used first */
 	ModifyTableState *mtstate; /* partitioned only */
 	PartitionTupleRouting *proute;
 	int n_fields;
-	Field *fields;		  /* as the change's columns */
+	Field *fields; /* as the change's columns */
 	int n_keys;
 	AttrNumber *key_attnums; /* root layout, as the change's key columns */
 	TupleTableSlot *row;	 /* the incoming row */
@@ -165,6 +159,7 @@ struct Session
 
 	/* For messages. */
 	uint64 ticket;
+	uint64 xid;
 	const change::Change *change;
 	const char *schema; /* of the table being written; NULL: none yet */
 	const char *table;

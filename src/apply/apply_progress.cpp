@@ -24,6 +24,7 @@ struct KeySearch
 	ScanKeyData keys[2];
 };
 
+/* Open table and index; the locks stay until the transaction's end. */
 static void
 OpenSearch(KeySearch *search, Oid table, Oid index)
 {
@@ -31,6 +32,7 @@ OpenSearch(KeySearch *search, Oid table, Oid index)
 	search->index = index_open(index, RowExclusiveLock);
 }
 
+/* Close what OpenSearch() opened. */
 static void
 CloseSearch(KeySearch *search)
 {
@@ -38,6 +40,7 @@ CloseSearch(KeySearch *search)
 	table_close(search->rel, NoLock);
 }
 
+/* A search for the row of a stream; `node` must outlive it. */
 static void
 OpenProgress(KeySearch *search, const pg_uuid_t *node, int32 stream)
 {
@@ -48,6 +51,7 @@ OpenProgress(KeySearch *search, const pg_uuid_t *node, int32 stream)
 	ScanKeyInit(&search->keys[1], 2, BTEqualStrategyNumber, F_INT4EQ, Int32GetDatum(stream));
 }
 
+/* A search for the marker of a transaction; `node` must outlive it. */
 static void
 OpenMarker(KeySearch *search, const pg_uuid_t *node, uint64 xid)
 {
@@ -73,6 +77,7 @@ Fetch(KeySearch *search, Snapshot snapshot, TupleTableSlot *slot)
 	return found;
 }
 
+/* The row as of now, whatever the isolation level, into slot. */
 static bool
 FetchLatest(KeySearch *search, TupleTableSlot *slot)
 {
@@ -127,6 +132,7 @@ InsertOnce(KeySearch *search, TupleTableSlot *slot, Datum *values, uint32 hash)
 	return !exists;
 }
 
+/* Names the key in the lock table; two keys that collide only wait for each other. */
 static uint32
 HashKey(const pg_uuid_t &node, uint64 number)
 {
@@ -136,13 +142,12 @@ HashKey(const pg_uuid_t &node, uint64 number)
 
 /* ---- progress ---- */
 
+/* Make the row of a stream unless somebody else does. */
 static void
 InsertProgress(KeySearch *search, TupleTableSlot *slot, const pg_uuid_t &node, int32 stream)
 {
-	Datum values[kProgressColumns] = {UUIDPGetDatum(&node), Int32GetDatum(stream),
-									  Int64GetDatum(0),
-									  TimestampTzGetDatum(GetCurrentTimestamp()),
-									  Int64GetDatum(0)};
+	Datum values[kProgressColumns] = {UUIDPGetDatum(&node), Int32GetDatum(stream), Int64GetDatum(0),
+									  TimestampTzGetDatum(GetCurrentTimestamp()), Int64GetDatum(0)};
 
 	InsertOnce(search, slot, values, HashKey(node, (uint32) stream));
 }
@@ -163,6 +168,7 @@ LockRow(KeySearch *search, TupleTableSlot *slot)
 	return result == TM_Ok;
 }
 
+/* A bigint column of the row. */
 static int64
 GetNumber(TupleTableSlot *slot, int attnum)
 {
@@ -172,6 +178,7 @@ GetNumber(TupleTableSlot *slot, int attnum)
 	return is_null ? 0 : DatumGetInt64(value);
 }
 
+/* Open the row, made if need be, and lock it when asked; leaves the table open. */
 static void
 LoadProgress(Progress *progress, const pg_uuid_t &node, int32 stream, bool lock)
 {
@@ -195,12 +202,14 @@ LoadProgress(Progress *progress, const pg_uuid_t &node, int32 stream, bool lock)
 	index_close(search.index, NoLock);
 }
 
+/* The row as of now. */
 void
 ReadProgress(Progress *progress, const pg_uuid_t &node, int32 stream)
 {
 	LoadProgress(progress, node, stream, false);
 }
 
+/* The row as whoever held it has left it, locked until the transaction ends. */
 void
 LockProgress(Progress *progress, const pg_uuid_t &node, int32 stream)
 {
@@ -229,6 +238,7 @@ SaveProgress(Progress *progress, uint64 watermark, int64 more_conflicts)
 		heap_freetuple(old);
 }
 
+/* The lock on the row stays. */
 void
 CloseProgress(Progress *progress)
 {
@@ -238,6 +248,7 @@ CloseProgress(Progress *progress)
 
 /* ---- markers ---- */
 
+/* Of several transactions that insert the same marker exactly one commits with true. */
 bool
 InsertMarker(const pg_uuid_t &node, uint64 xid)
 {
@@ -253,6 +264,7 @@ InsertMarker(const pg_uuid_t &node, uint64 xid)
 	return inserted;
 }
 
+/* An insert that was rolled back to a savepoint does not count. */
 bool
 HasOwnMarker(const pg_uuid_t &node, uint64 xid)
 {
@@ -284,6 +296,7 @@ DeleteMarker(Relation rel, ItemPointer tid, Snapshot snapshot)
 					   &failure, false);
 }
 
+/* Delete the markers that no batch can ask for any more. */
 void
 SweepMarkers(const pg_uuid_t &node, uint64 below_xid)
 {

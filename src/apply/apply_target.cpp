@@ -10,8 +10,7 @@ namespace mmrepl::apply
 
 /* ---- finding and checking ---- */
 
-pg_attribute_noreturn() static void
-NoSuchRelation(const char *schema, const char *table)
+pg_attribute_noreturn() static void NoSuchRelation(const char *schema, const char *table)
 {
 	ereport(ERROR,
 			(errcode(ERRCODE_UNDEFINED_TABLE),
@@ -33,15 +32,17 @@ CheckKind(Relation rel, const char *schema, const char *table)
 						errhint("Only tables can be the target of replication.")));
 	if (RelationGetRelid(rel) < (Oid) FirstNormalObjectId || IsSystemRelation(rel) ||
 		space == catalog::GetRelations().schema)
-		ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-						errmsg("relation \"%s.%s\" cannot be written by replication", schema, table),
-						errdetail("It belongs to the system or to the extension itself.")));
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("relation \"%s.%s\" cannot be written by replication", schema, table),
+				 errdetail("It belongs to the system or to the extension itself.")));
 	if (rel->rd_rel->relpersistence == RELPERSISTENCE_TEMP)
 		ereport(ERROR, (errcode(ERRCODE_WRONG_OBJECT_TYPE),
 						errmsg("\"%s.%s\" is a temporary table", schema, table),
 						errhint("Only permanent tables can be the target of replication.")));
 }
 
+/* The name is looked up in the schema given, and nowhere else. */
 Relation
 OpenRelation(const Session *, const char *schema, const char *table, LOCKMODE lockmode)
 {
@@ -58,6 +59,7 @@ OpenRelation(const Session *, const char *schema, const char *table, LOCKMODE lo
 	return rel;
 }
 
+/* Asks about the caller, whatever role is current. */
 void
 CheckPrivilege(const Session *session, Relation rel, AclMode mode)
 {
@@ -78,6 +80,7 @@ CheckPrivilege(const Session *session, Relation rel, AclMode mode)
 
 /* ---- columns ---- */
 
+/* The attribute number of a column, or InvalidAttrNumber. */
 static AttrNumber
 FindColumn(TupleDesc desc, const char *name)
 {
@@ -91,15 +94,13 @@ FindColumn(TupleDesc desc, const char *name)
 	return InvalidAttrNumber;
 }
 
-pg_attribute_noreturn() static void
-NoSuchColumn(const Target *target, const char *name)
+pg_attribute_noreturn() static void NoSuchColumn(const Target *target, const char *name)
 {
-	ereport(ERROR,
-			(errcode(ERRCODE_UNDEFINED_COLUMN),
-			 errmsg("column \"%s\" of relation \"%s.%s\" does not exist", name, target->schema,
-					target->table),
-			 errhint("Add the column here, or leave it out at the sending node with "
-					 "mmrepl.alter_pair(..., columns => ...).")));
+	ereport(ERROR, (errcode(ERRCODE_UNDEFINED_COLUMN),
+					errmsg("column \"%s\" of relation \"%s.%s\" does not exist", name,
+						   target->schema, target->table),
+					errhint("Add the column here, or leave it out at the sending node with "
+							"mmrepl.alter_pair(..., columns => ...).")));
 }
 
 /* Map the change's columns to local ones by name. */
@@ -167,8 +168,8 @@ AssignedColumns(const Target *target)
 
 	for (int i = 0; i < target->n_fields; i++)
 		if (target->fields[i].form != Form::Ignore)
-			columns = bms_add_member(columns, target->fields[i].attnum -
-												  FirstLowInvalidHeapAttributeNumber);
+			columns = bms_add_member(columns,
+									 target->fields[i].attnum - FirstLowInvalidHeapAttributeNumber);
 	return columns;
 }
 
@@ -182,9 +183,9 @@ KeyNames(Relation rel, const AttrNumber *attnums, int count)
 
 	initStringInfo(&names);
 	for (int i = 0; i < count; i++)
-		appendStringInfo(
-			&names, "%s%s", i ? ", " : "",
-			quote_identifier(NameStr(TupleDescAttr(RelationGetDescr(rel), attnums[i] - 1)->attname)));
+		appendStringInfo(&names, "%s%s", i ? ", " : "",
+						 quote_identifier(NameStr(
+							 TupleDescAttr(RelationGetDescr(rel), attnums[i] - 1)->attname)));
 	return names.data;
 }
 
@@ -210,18 +211,21 @@ RequireKeyIndex(Relation rel, const AttrNumber *attnums, int count)
 
 /* ---- leaves ---- */
 
+/* Whether the trigger captures changes for a pair. */
 static bool
 IsOurTrigger(const Trigger *trigger)
 {
 	return get_func_namespace(trigger->tgfoid) == catalog::GetRelations().schema;
 }
 
+/* Whether the trigger is the second look at a deferrable constraint. */
 static bool
 IsRecheck(const Trigger *trigger)
 {
 	return trigger->tgfoid == F_UNIQUE_KEY_RECHECK && trigger->tgdeferrable;
 }
 
+/* Whether the trigger is enabled in replica role. */
 static bool
 FiresOnReplica(const Trigger *trigger)
 {
@@ -345,21 +349,21 @@ AdoptPartition(Target *target, ResultRelInfo *info)
 	Relation rel = info->ri_RelationDesc;
 
 	if (rel->rd_rel->relkind != RELKIND_RELATION)
-		ereport(ERROR,
-				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
-				 errmsg("partition \"%s\" of \"%s.%s\" is not a table",
-						RelationGetRelationName(rel), target->schema, target->table),
-				 errhint("Only tables can be the target of replication.")));
+		ereport(ERROR, (errcode(ERRCODE_WRONG_OBJECT_TYPE),
+						errmsg("partition \"%s\" of \"%s.%s\" is not a table",
+							   RelationGetRelationName(rel), target->schema, target->table),
+						errhint("Only tables can be the target of replication.")));
 	return InContext(target->estate->es_query_cxt, [&] { return MakeLeaf(target, info); });
 }
 
+/* Opens the partition when the row is the first for it; raises when there is none. */
 Leaf *
 Route(Target *target, TupleTableSlot *row)
 {
 	if (target->proute == NULL)
 		return target->leaves;
-	ResultRelInfo *info = ExecFindPartition(target->mtstate, target->info, target->proute, row,
-											target->estate);
+	ResultRelInfo *info =
+		ExecFindPartition(target->mtstate, target->info, target->proute, row, target->estate);
 	Leaf **link = &target->leaves;
 
 	for (Leaf *leaf = *link; leaf != NULL; link = &leaf->next, leaf = *link)
@@ -374,6 +378,7 @@ Route(Target *target, TupleTableSlot *row)
 	return AdoptPartition(target, info);
 }
 
+/* The row itself, or the leaf's one slot for converted rows. */
 TupleTableSlot *
 ToLeaf(Leaf *leaf, TupleTableSlot *row)
 {
@@ -382,6 +387,7 @@ ToLeaf(Leaf *leaf, TupleTableSlot *row)
 	return execute_attr_map_slot(leaf->to_leaf, row, leaf->converted);
 }
 
+/* The found row itself, or the leaf's one slot for it. */
 TupleTableSlot *
 FoundInRoot(Leaf *leaf)
 {
@@ -413,14 +419,34 @@ InitExecutor(Target *target)
 	InitTargetRangeTable(estate, target->rel, AssignedColumns(target));
 	target->info = makeNode(ResultRelInfo);
 	InitResultRelInfo(target->info, target->rel, 1, NULL, 0);
-	estate->es_opened_result_relations =
-		lappend(estate->es_opened_result_relations, target->info);
+	estate->es_opened_result_relations = lappend(estate->es_opened_result_relations, target->info);
 	InitEvalPlanQual(&target->epq, estate);
 	target->row = ExecInitExtraTupleSlot(estate, desc, &TTSOpsVirtual);
 	target->search = ExecInitExtraTupleSlot(estate, desc, &TTSOpsVirtual);
 	target->merged = ExecInitExtraTupleSlot(estate, desc, &TTSOpsVirtual);
 }
 
+/*
+ * Columns, defaults, indexes and triggers of the relation.  Planning an
+ * expression may already run functions in it, hence as the owner.
+ */
+static void
+InitTarget(Session *session, Target *target, const change::Relation *relation)
+{
+	MapColumns(session, target, relation);
+	InitDefaults(target);
+	InitExecutor(target);
+	if (target->rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
+	{
+		RequireKeyIndex(target->rel, target->key_attnums, target->n_keys);
+		InitRouting(target);
+		return;
+	}
+	ExecOpenIndices(target->info, false);
+	MakeLeaf(target, target->info);
+}
+
+/* Find, check and open the relation; memory is the session's. */
 static Target *
 OpenTarget(Session *session, const change::Relation *relation)
 {
@@ -437,22 +463,13 @@ OpenTarget(Session *session, const change::Relation *relation)
 	target->owner = target->rel->rd_rel->relowner;
 	target->trusted = IsTrusted(session, target->owner);
 	target->estate = CreateExecutorState();
-	InContext(target->estate->es_query_cxt, [&] {
-		MapColumns(session, target, relation);
-		InitDefaults(target);
-		InitExecutor(target);
-		if (target->rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
-		{
-			RequireKeyIndex(target->rel, target->key_attnums, target->n_keys);
-			InitRouting(target);
-			return;
-		}
-		ExecOpenIndices(target->info, false);
-		MakeLeaf(target, target->info);
-	});
+	BecomeOwner(session, target->owner, target->trusted);
+	InContext(target->estate->es_query_cxt, [&] { InitTarget(session, target, relation); });
+	BecomeCaller(session);
 	return target;
 }
 
+/* The target of an equal definition, or NULL. */
 static Target *
 FindTarget(Session *session, const change::Relation *relation)
 {
@@ -507,6 +524,7 @@ CloseTarget(Target *target)
 	FreeExecutorState(estate);
 }
 
+/* Every target; the next change opens its own again. */
 void
 CloseTargets(Session *session)
 {

@@ -35,6 +35,7 @@ struct Work
 	List *logged_oids;
 };
 
+/* Add the relation unless it is there; returns whether it was added. */
 static bool
 AddRelation(Work *work, Relation rel)
 {
@@ -56,7 +57,7 @@ AddPartitions(Work *work, Relation rel)
 	List *children = find_all_inheritors(RelationGetRelid(rel), AccessExclusiveLock, NULL);
 	ListCell *cell;
 
-	foreach (cell, children)
+	foreach(cell, children)
 	{
 		if (list_member_oid(work->oids, lfirst_oid(cell)))
 			continue;
@@ -93,7 +94,7 @@ CanGoTogether(List *relations)
 	bool one_owner = true;
 	ListCell *cell;
 
-	foreach (cell, relations)
+	foreach(cell, relations)
 	{
 		Relation rel = (Relation) lfirst(cell);
 
@@ -110,9 +111,9 @@ Truncate(const Session *session, List *relations)
 	Work work = {};
 	ListCell *cell;
 
-	foreach (cell, relations)
+	foreach(cell, relations)
 		AddRelation(&work, (Relation) lfirst(cell));
-	foreach (cell, relations)
+	foreach(cell, relations)
 	{
 		Relation rel = (Relation) lfirst(cell);
 
@@ -124,12 +125,13 @@ Truncate(const Session *session, List *relations)
 	BecomeOwner(session, owner, IsTrusted(session, owner));
 	TruncateRelations(work.relations, work.oids, work.logged_oids);
 	BecomeCaller(session);
-	foreach (cell, work.relations)
+	foreach(cell, work.relations)
 		if (!list_member_ptr(relations, lfirst(cell)))
 			table_close((Relation) lfirst(cell), NoLock);
 	NextCommand();
 }
 
+/* Do what waits, together where that is possible; relations are closed, locks stay. */
 void
 FlushTruncates(Session *session)
 {
@@ -143,10 +145,10 @@ FlushTruncates(Session *session)
 		if (CanGoTogether(relations))
 			Truncate(session, relations);
 		else
-			foreach (cell, relations)
+			foreach(cell, relations)
 				Truncate(session, list_make1(lfirst(cell)));
 	});
-	foreach (cell, relations)
+	foreach(cell, relations)
 		table_close((Relation) lfirst(cell), NoLock);
 	list_free(relations);
 }

@@ -21,6 +21,7 @@ Convert(const Session *session, const char *bytes, uint32 length, uint32 *new_le
 	return text;
 }
 
+/* A zero-terminated copy; raises when the bytes are no text. */
 char *
 ToServer(const Session *session, const char *bytes, uint32 length)
 {
@@ -32,6 +33,7 @@ ToServer(const Session *session, const char *bytes, uint32 length)
 
 /* ---- how a column is read ---- */
 
+/* Types whose binary form is their text. */
 static bool
 IsPlainText(Oid type)
 {
@@ -65,6 +67,7 @@ BinaryForm(Oid type)
 	}
 }
 
+/* The cheapest way that is right for the types on both sides. */
 static Form
 ChooseForm(const change::Column *column, Form_pg_attribute attribute, Oid base)
 {
@@ -106,9 +109,9 @@ NeedTextFormat(Session *session)
 	session->text_format = true;
 }
 
+/* Function lookups in CurrentMemoryContext, where the field lives. */
 void
-InitField(Session *session, Field *field, const change::Column *column,
-		  Form_pg_attribute attribute)
+InitField(Session *session, Field *field, const change::Column *column, Form_pg_attribute attribute)
 {
 	Oid base = getBaseType(attribute->atttypid);
 	Oid function;
@@ -163,6 +166,7 @@ Receive(Session *session, Field *field, const change::Value *value)
 	return datum;
 }
 
+/* A text datum of verified bytes. */
 static Datum
 ReadText(Session *session, const change::Value *value)
 {
@@ -172,12 +176,14 @@ ReadText(Session *session, const change::Value *value)
 	return PointerGetDatum(cstring_to_text_with_len(text, (int) length));
 }
 
+/* Through the local type's input function, which applies the typmod, too. */
 static Datum
 Input(Field *field, char *text)
 {
 	return InputFunctionCall(&field->function, text, field->ioparam, field->typmod);
 }
 
+/* A uuid datum of sixteen bytes. */
 static Datum
 ReadUuid(const change::Value *value)
 {
@@ -212,9 +218,9 @@ ReadFixed(Form form, const change::Value *value)
 	}
 }
 
+/* The datum of a value that is not NULL; memory is the current context's. */
 static Datum
-ReadValue(Session *session, Field *field, const change::Column *column,
-		  const change::Value *value)
+ReadValue(Session *session, Field *field, const change::Column *column, const change::Value *value)
 {
 	switch (field->form)
 	{
@@ -242,8 +248,8 @@ ReadValue(Session *session, Field *field, const change::Column *column,
 
 /* Put one value into the slot's arrays. */
 static void
-StoreValue(Session *session, Field *field, const change::Column *column,
-		   const change::Value *value, TupleTableSlot *slot)
+StoreValue(Session *session, Field *field, const change::Column *column, const change::Value *value,
+		   TupleTableSlot *slot)
 {
 	int at = field->attnum - 1;
 
@@ -266,6 +272,7 @@ ClearRow(TupleTableSlot *slot)
 	memset(slot->tts_isnull, true, sizeof(bool) * slot->tts_tupleDescriptor->natts);
 }
 
+/* Columns that the change does not carry are NULL afterwards. */
 void
 ReadRow(Session *session, Target *target, const change::Change *change)
 {
@@ -276,6 +283,7 @@ ReadRow(Session *session, Target *target, const change::Change *change)
 	ExecStoreVirtualTuple(target->row);
 }
 
+/* The columns that the change does not carry get what an INSERT would give them. */
 void
 FillDefaults(Target *target)
 {
@@ -290,6 +298,7 @@ FillDefaults(Target *target)
 	}
 }
 
+/* All columns but the key are NULL afterwards. */
 void
 ReadKey(Session *session, Target *target, const change::Change *change)
 {
@@ -304,6 +313,7 @@ ReadKey(Session *session, Target *target, const change::Change *change)
 	ExecStoreVirtualTuple(target->search);
 }
 
+/* All columns but the key are NULL afterwards; values are shared with the row. */
 void
 KeyOfRow(Target *target)
 {

@@ -13,6 +13,7 @@ using conflict::Type;
 
 /* ---- conflicts ---- */
 
+/* What the log says was done. */
 static const char *
 ActionText(Action action)
 {
@@ -33,17 +34,16 @@ ActionText(Action action)
  * The change is refused.  An INSERT is refused with the error that the table
  * would have raised itself, so that the sender's user knows it.
  */
-pg_attribute_noreturn() static void
-Refuse(const Target *target, Leaf *leaf, Type type, const char *key)
+pg_attribute_noreturn() static void Refuse(const Target *target, Leaf *leaf, Type type,
+										   const char *key)
 {
 	if (type == Type::InsertExists)
-		ereport(ERROR,
-				(errcode(ERRCODE_UNIQUE_VIOLATION),
-				 errmsg("duplicate key value violates unique constraint \"%s\"",
-						RelationGetRelationName(leaf->index)),
-				 key ? errdetail("Key %s already exists.", key) : 0,
-				 errtableconstraint(leaf->info->ri_RelationDesc,
-									RelationGetRelationName(leaf->index))));
+		ereport(ERROR, (errcode(ERRCODE_UNIQUE_VIOLATION),
+						errmsg("duplicate key value violates unique constraint \"%s\"",
+							   RelationGetRelationName(leaf->index)),
+						key ? errdetail("Key %s already exists.", key) : 0,
+						errtableconstraint(leaf->info->ri_RelationDesc,
+										   RelationGetRelationName(leaf->index))));
 	ereport(ERROR,
 			(errcode(ERRCODE_MMREPL_CONFLICT),
 			 errmsg("conflict detected on relation \"%s.%s\": conflict=%s", target->schema,
@@ -73,8 +73,8 @@ Resolve(Session *session, Target *target, Leaf *leaf, Type type, TupleTableSlot 
 
 		ereport(LOG, (errmsg("conflict detected on relation \"%s.%s\": conflict=%s", target->schema,
 							 target->table, conflict::Name(type)),
-					  errdetail_log("%s%s%s%s", key ? "Key " : "", key ? key : "",
-									key ? ". " : "", ActionText(action))));
+					  errdetail_log("%s%s%s%s", key ? "Key " : "", key ? key : "", key ? ". " : "",
+									ActionText(action))));
 	}
 	return action;
 }
@@ -114,6 +114,7 @@ InsertNew(Session *session, Target *target, Leaf *leaf, TupleTableSlot *row)
 	session->inserting = NULL;
 }
 
+/* Delete the row in leaf->found, which is locked. */
 static void
 DeleteFound(Target *target, Leaf *leaf)
 {
@@ -222,6 +223,7 @@ InsertRow(Session *session, Target *target)
 	}
 }
 
+/* Found by the old key where the key changes, else by the key in the new row. */
 static void
 Update(Session *session, Target *target, const change::Change *change)
 {
@@ -233,8 +235,7 @@ Update(Session *session, Target *target, const change::Change *change)
 	Leaf *leaf = Route(target, target->search);
 	TupleTableSlot *search = ToLeaf(leaf, target->search);
 
-	if (FindRow(leaf, search,
-				change->has_old_key ? LockTupleExclusive : LockTupleNoKeyExclusive))
+	if (FindRow(leaf, search, change->has_old_key ? LockTupleExclusive : LockTupleNoKeyExclusive))
 		UpdateFound(target, leaf);
 	else if (Resolve(session, target, leaf, Type::UpdateMissing, search) == Action::Insert)
 	{
@@ -243,6 +244,7 @@ Update(Session *session, Target *target, const change::Change *change)
 	}
 }
 
+/* A row that is gone already is no reason to stop, unless the rule says so. */
 static void
 Delete(Session *session, Target *target, const change::Change *change)
 {
@@ -258,6 +260,7 @@ Delete(Session *session, Target *target, const change::Change *change)
 
 /* ---- one change ---- */
 
+/* What the caller must be allowed to do, conflicts aside. */
 static AclMode
 NeededPrivilege(change::Kind kind)
 {
@@ -286,6 +289,7 @@ IsObserved(const Target *target)
 	return target->volatile_defaults || target->fires;
 }
 
+/* One change, as the owner, in memory that lasts as long as the change. */
 static void
 Dispatch(Session *session, Target *target, const change::Change *change)
 {

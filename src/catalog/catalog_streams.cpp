@@ -89,6 +89,37 @@ AllStreams()
 	return streams;
 }
 
+/* ---- streams of the current transaction ---- */
+
+/* The streams that a transaction made, as far as there is room to remember them. */
+static struct
+{
+	LocalTransactionId transaction;
+	int count;
+	int32 ids[16];
+} made;
+
+static void
+NoteMade(int32 id)
+{
+	if (made.transaction != MyLocalTransaction())
+		made.count = 0;
+	made.transaction = MyLocalTransaction();
+	if (made.count < (int) lengthof(made.ids))
+		made.ids[made.count++] = id;
+}
+
+bool
+MadeHere(int32 id)
+{
+	if (made.transaction != MyLocalTransaction())
+		return false;
+	for (int i = 0; i < made.count; i++)
+		if (made.ids[i] == id)
+			return true;
+	return false;
+}
+
 /* ---- writing ---- */
 
 /* A column and its new value. */
@@ -277,6 +308,7 @@ InsertRow(Oid server, const char *server_name, Oid owner)
 	heap_freetuple(tuple);
 	table_close(table, NoLock);
 	CommandCounterIncrement();
+	NoteMade(id);
 	return id;
 }
 

@@ -7,9 +7,10 @@
 namespace mmrepl::origin
 {
 
-static int entered_level;  /* transaction nest level of Enter(); 0: not applying */
+static int entered_level;	/* transaction nest level of Enter(); 0: not applying */
 static int role_of_session; /* what SessionReplicationRole was before */
 
+/* Cheap: asked for every row that is written anywhere. */
 bool
 Applying()
 {
@@ -29,6 +30,7 @@ Enter()
 	SessionReplicationRole = SESSION_REPLICATION_ROLE_REPLICA;
 }
 
+/* Without effect when nothing was entered. */
 void
 Leave()
 {
@@ -38,6 +40,7 @@ Leave()
 	SessionReplicationRole = role_of_session;
 }
 
+/* Raises nothing. */
 void
 Reset(int aborted_nest_level)
 {

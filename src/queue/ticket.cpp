@@ -355,13 +355,44 @@ Discount(shmem::Stream &stream, uint64 transactions, uint64 changes, uint64 byte
 	SubtractClamped(&stream.queued_bytes, bytes);
 }
 
+shmem::LateWord
+ReadLate(const shmem::Database &database)
+{
+	pg_memory_barrier();
+	return {pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&database.late))};
+}
+
+void
+ConfirmLate(shmem::Stream &stream, uint32 ended)
+{
+	if (pg_atomic_read_u32(&stream.late_confirmed) == ended)
+		return;
+	pg_atomic_write_u32(&stream.late_confirmed, ended);
+	ConditionVariableBroadcast(&stream.confirmed_cv);
+}
+
+Goal
+CurrentGoal(const shmem::Stream &stream)
+{
+	return {LastTicket(stream), ReadLate(shmem::DatabaseOf(MyDatabaseId)).Expected()};
+}
+
 bool
-WaitConfirmed(shmem::Stream &stream, uint64 ticket, TimestampTz deadline)
+Reached(const shmem::Stream &stream, const Goal &goal)
+{
+	uint64 confirmed = pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.confirmed));
+	uint32 late = pg_atomic_read_u32(const_cast<pg_atomic_uint32 *>(&stream.late_confirmed));
+
+	return confirmed >= goal.ticket && (int32) (late - goal.late) >= 0;
+}
+
+bool
+WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline)
 {
 	bool reached;
 
 	ConditionVariablePrepareToSleep(&stream.confirmed_cv);
-	while (!(reached = pg_atomic_read_u64(&stream.confirmed) >= ticket))
+	while (!(reached = Reached(stream, goal)))
 	{
 		long left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), deadline);
 

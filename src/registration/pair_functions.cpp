@@ -94,6 +94,10 @@ ColumnNames(ArrayType *array)
 	int count;
 	List *names = NIL;
 
+	if (ARR_NDIM(array) > 1)
+		ereport(ERROR, (errcode(ERRCODE_ARRAY_SUBSCRIPT_ERROR),
+						errmsg("columns must be a list, not an array of more dimensions"),
+						errhint("Write columns => '{id,name}'.")));
 	deconstruct_array(array, NAMEOID, NAMEDATALEN, false, TYPALIGN_CHAR, &elements, &nulls, &count);
 	for (int i = 0; i < count; i++)
 	{

@@ -31,7 +31,7 @@ enum Answer
 	kTypeText,
 	kRequired,
 	kGenerated,
-	kIdentity
+	kModifier
 };
 
 /*
@@ -52,9 +52,9 @@ constexpr const char *kTableQuery =
 	"   WHERE k.place <= i.indnkeyatts)"
 	"  = (SELECT pg_catalog.array_agg(w.name ORDER BY w.name COLLATE \"C\")"
 	"   FROM pg_catalog.unnest($3::text[]) AS w(name))),"
-	" current_user, a.attname, tn.nspname, t.typname, pg_catalog.format_type(t.oid, NULL),"
+	" current_user, a.attname, tn.nspname, t.typname, pg_catalog.format_type(t.oid, a.atttypmod),"
 	" a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AND t.typdefault IS NULL,"
-	" a.attgenerated <> '', a.attidentity"
+	" a.attgenerated <> '', a.atttypmod"
 	" FROM pg_catalog.pg_class c"
 	" JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
 	" LEFT JOIN (pg_catalog.pg_attribute a"
@@ -207,10 +207,41 @@ CheckType(const Inquiry &inquiry, const PairColumn &column, int row)
 					inquiry.table, inquiry.server),
 			 errdetail("It is %s there, and local column \"%s\" of table %s is %s.",
 					   Field(inquiry, row, kTypeText), column.local,
-					   QualifiedName(inquiry.question->rel), format_type_be_qualified(type)),
+					   QualifiedName(inquiry.question->rel), format_type_be(type)),
 			 errhint("At the peer: ALTER TABLE %s ALTER COLUMN %s TYPE %s; or leave the column out "
 					 "of columns.",
 					 inquiry.table, quote_identifier(column.remote), format_type_be(type))));
+}
+
+/* Whether the remote column's precision or length can be too small for the local one's. */
+bool
+MayNotFit(Form_pg_attribute local, int32 remote)
+{
+	if (remote < 0 || remote == local->atttypmod)
+		return false;
+	if (local->atttypid == NUMERICOID || local->atttypid == INTERVALOID)
+		return true;
+	return local->atttypmod < 0 || remote < local->atttypmod;
+}
+
+/* Warn of values that the peer would round or refuse. */
+void
+CheckModifier(const Inquiry &inquiry, const PairColumn &column, int row)
+{
+	Form_pg_attribute local =
+		TupleDescAttr(RelationGetDescr(inquiry.question->rel), column.attnum - 1);
+	char *here = format_type_with_typemod(local->atttypid, local->atttypmod);
+
+	if (!MayNotFit(local, pg_strtoint32(Field(inquiry, row, kModifier))))
+		return;
+	ereport(WARNING,
+			(errcode(ERRCODE_MMREPL_REMOTE_MISMATCH),
+			 errmsg("values of column \"%s\" may not fit table %s at server \"%s\"", column.local,
+					inquiry.table, inquiry.server),
+			 errdetail("The column is %s here and %s there: the peer would round or refuse values.",
+					   here, Field(inquiry, row, kTypeText)),
+			 errhint("At the peer: ALTER TABLE %s ALTER COLUMN %s TYPE %s;", inquiry.table,
+					 quote_identifier(column.remote), here)));
 }
 
 /* Raise unless the peer has a column that can be written with the local one's values. */
@@ -240,6 +271,7 @@ CheckColumn(const Inquiry &inquiry, const PairColumn &column)
 						 "COLUMN %s DROP EXPRESSION;",
 						 inquiry.table, quote_identifier(column.remote))));
 	CheckType(inquiry, column, row);
+	CheckModifier(inquiry, column, row);
 }
 
 /* Raise unless a unique index there is on exactly the columns of the key. */

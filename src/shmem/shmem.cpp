@@ -273,8 +273,7 @@ FindDatabase(Oid database, bool take)
 	{
 		pg_atomic_write_u32(&free_one->ready, 0);
 		pg_atomic_write_u32(&free_one->active_table, 0);
-		pg_atomic_write_u32(&free_one->late_pending, 0);
-		pg_atomic_write_u32(&free_one->late_events, 0);
+		pg_atomic_write_u64(&free_one->late, 0);
 		pg_atomic_write_u32(&free_one->scout_wanted, 0);
 		pg_write_barrier();
 		free_one->oid = database;

@@ -298,8 +298,7 @@ IsCommitPrepared(const PlannedStmt *statement)
 static void
 EndLateCommit(shmem::Database &database)
 {
-	pg_atomic_fetch_add_u32(&database.late_events, 1);
-	pg_atomic_fetch_sub_u32(&database.late_pending, 1);
+	pg_atomic_fetch_add_u64(&database.late, (int64) shmem::LateWord::kEnd);
 	shmem::WakeWorkersOf(MyDatabaseId);
 }
 
@@ -316,7 +315,7 @@ OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
 	{
 		shmem::Database &database = shmem::DatabaseOf(MyDatabaseId);
 
-		pg_atomic_fetch_add_u32(&database.late_pending, 1);
+		pg_atomic_fetch_add_u64(&database.late, (int64) shmem::LateWord::kBegin);
 		Ensured(run, [&] { EndLateCommit(database); });
 		return;
 	}

@@ -285,9 +285,9 @@ static bool
 PassFence(Work *work, connection::Failure *failure)
 {
 	shmem::Stream &stream = SharedStream(work);
-	uint64 last = queue::LastTicket(stream);
+	queue::Goal goal = queue::CurrentGoal(stream);
 
-	if (pg_atomic_read_u64(&stream.confirmed) >= last)
+	if (queue::Reached(stream, goal))
 		return true;
 	SpinLockAcquire(&stream.mutex);
 	shmem::WorkerState state = stream.state;
@@ -297,7 +297,7 @@ PassFence(Work *work, connection::Failure *failure)
 
 	shmem::WakeWorker(stream);
 	if (!stuck &&
-		queue::WaitConfirmed(stream, last, connection::DeadlineIn(guc::sync_timeout)))
+		queue::WaitConfirmed(stream, goal, connection::DeadlineIn(guc::sync_timeout)))
 		return true;
 	*failure = {};
 	failure->sqlstate = ERRCODE_MMREPL_SYNC_TIMEOUT;

@@ -291,9 +291,9 @@ FillFromRing(Feed *feed, Shipment *shipment, const Budget &budget)
 static bool
 LateWork(const Feed *feed)
 {
-	pg_read_barrier();
-	return pg_atomic_read_u32(&feed->database->late_pending) > 0 ||
-		   pg_atomic_read_u32(&feed->database->late_events) != feed->late_seen;
+	shmem::LateWord late = queue::ReadLate(*feed->database);
+
+	return late.UnderWay() || late.Ended() != feed->late_seen;
 }
 
 /* ---- from the tables ---- */
@@ -312,8 +312,7 @@ TrimRing(Feed *feed)
 static void
 ReadTables(Feed *feed)
 {
-	feed->late_seen = pg_atomic_read_u32(&feed->database->late_events);
-	pg_read_barrier();
+	feed->late_seen = queue::ReadLate(*feed->database).Ended();
 	feed->refs_below = queue::ResolvedBelow(*feed->shared, feed->slot);
 	InTransaction([&] {
 		InContext(feed->context, [&] {
@@ -508,6 +507,8 @@ ConfirmPassed(Feed *feed)
 			feed->position = Max(feed->position, below - 1);
 	}
 	queue::Confirm(*feed->shared, feed->position);
+	if (feed->refs == NULL)
+		queue::ConfirmLate(*feed->shared, feed->late_seen);
 	if (!feed->from_tables)
 		ReconcileBacklog(feed);
 }

@@ -166,7 +166,7 @@ SqlWaitForReplay(FunctionCallInfo fcinfo)
 		shmem::Stream &stream = shmem::Get().streams[slot];
 
 		shmem::WakeWorker(stream);
-		reached &= queue::WaitConfirmed(stream, queue::LastTicket(stream), deadline);
+		reached &= queue::WaitConfirmed(stream, queue::CurrentGoal(stream), deadline);
 	}
 	PG_RETURN_BOOL(reached);
 }

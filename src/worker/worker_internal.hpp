@@ -33,7 +33,7 @@ struct Feed
 	uint64 position;  /* everything up to here is in a batch, or needs none */
 	uint64 watermark; /* of the peer once all batches made so far are applied */
 	bool from_tables;
-	uint32 late_seen; /* database.late_events when the tables were last read */
+	uint32 late_seen; /* commands ended (LateWord) when the tables were last read */
 
 	queue::Ref *refs; /* of the last reading of the tables; NULL: none */
 	int n_refs;
