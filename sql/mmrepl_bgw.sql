@@ -177,8 +177,9 @@ COMMENT ON COLUMN mmrepl.progress.conflicts IS 'conflicts met while applying the
 CREATE TABLE mmrepl.marker
 (
 	origin uuid NOT NULL,
+	stream integer NOT NULL,
 	xid bigint NOT NULL,
-	CONSTRAINT marker_pkey PRIMARY KEY (origin, xid)
+	CONSTRAINT marker_pkey PRIMARY KEY (origin, stream, xid)
 ) WITH (vacuum_truncate = off,
 		autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0,
 		autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_threshold = 2000000000);

@@ -139,6 +139,11 @@ section 'the peer is stopped' => sub {
 
 section 'restarts with a backlog' => sub {
 	$beta->peer_down('immediate');
+
+	# Positions are written down now and then: what beta had confirmed just
+	# before the crash may be in the view again until beta is asked.
+	my $behind = 'SELECT count(*) FROM mmrepl.sync_err_rec WHERE ticket > '
+	  . $alpha->stat('beta', 'confirmed_ticket');
 	here(
 		q{INSERT INTO other SELECT g, repeat('x', 100)
 		   FROM generate_series(1001, 3000) g});
@@ -146,10 +151,9 @@ section 'restarts with a backlog' => sub {
 	{
 		here("INSERT INTO other VALUES ($id, 'single')");
 	}
-	my $queued = $alpha->queued('beta');
+	is(here($behind), '2010', 'a backlog is queued');
 	$alpha->restart('immediate');
-	is($alpha->queued('beta'),
-		$queued, 'a crash of the source loses nothing of the queue');
+	is(here($behind), '2010', 'a crash of the source loses nothing of it');
 	here(q{INSERT INTO other VALUES (4011, 'after the crash')});
 	$alpha->restart('fast');
 	$beta->peer_up;
@@ -273,6 +277,8 @@ section 'a transaction that the peer refuses' => sub {
 	$alpha->poll_state('beta', 'streaming');
 	$alpha->same_rows($beta, $_, name => "$_: repaired, it goes on")
 	  foreach ('item', 'other');
+	here('DELETE FROM item WHERE id = 402');
+	synced();
 
 	# The same with a column that is gone.
 	there('ALTER TABLE other RENAME COLUMN v TO w');

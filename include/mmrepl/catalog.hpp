@@ -98,6 +98,13 @@ List *AllStreams(); /* of StreamRow * */
 int32 EnsureStreamRow(Oid server, Oid owner);
 
 /*
+ * Whether the stream's row was made by the current transaction: then nobody else
+ * knows the stream, and nothing can be queued for it.  May say false if very many
+ * streams were made.
+ */
+bool MadeHere(int32 id);
+
+/*
  * Write confirmed / paused into the stream's row; false when the row is gone.
  * `confirmed` alone is advisory: it is left for the next time (and true is
  * returned) while another transaction holds the row.

@@ -51,7 +51,7 @@ enum Kind : char
 
 constexpr uint8 kOldKey = 1; /* flags of an update */
 
-constexpr uint8 kKey = 1;	 /* flags of a column */
+constexpr uint8 kKey = 1; /* flags of a column */
 constexpr uint8 kBinary = 2;
 
 enum class Conflict : char
@@ -84,7 +84,7 @@ struct ColumnEncoder
  */
 struct RelationEncoder
 {
-	uint64 serial; /* unique in the process: identifies the definition in a segment */
+	uint64 serial;	  /* unique in the process: identifies the definition in a segment */
 	char *definition; /* the 'relation' of the grammar */
 	uint32 definition_length;
 	int n_columns;
@@ -132,7 +132,7 @@ struct Segment
 	char *data; /* payload behind VARHDRSZ bytes of room for a varlena header */
 	MemoryContext context;
 	int n_relations;
-	uint64 relations[kSegmentRelations]; /* serials defined so far */
+	uint64 relations[kSegmentRelations];		/* serials defined so far */
 	uint32 relation_offsets[kSegmentRelations]; /* where their definitions start */
 };
 
@@ -176,10 +176,7 @@ struct Reader
 	uint32 length;
 	uint32 position;
 
-	bool AtEnd() const
-	{
-		return position >= length;
-	}
+	bool AtEnd() const { return position >= length; }
 	uint8 U8();
 	uint16 U16();
 	uint32 U32();

@@ -62,6 +62,17 @@ MyLocalTransaction()
 #endif
 }
 
+/* A wait event set that lives until it is freed (17: owned by a resource owner). */
+inline WaitEventSet *
+NewWaitEventSet(int events)
+{
+#if PG_VERSION_NUM >= 170000
+	return CreateWaitEventSet(NULL, events);
+#else
+	return CreateWaitEventSet(TopMemoryContext, events);
+#endif
+}
+
 /* Whether the role owns the relation, or is superuser (16: object_ownercheck). */
 inline bool
 OwnsRelation(Oid relation, Oid role)

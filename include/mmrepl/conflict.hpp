@@ -25,7 +25,7 @@ enum class Type : int
 
 enum class Action : int
 {
-	Apply, /* write the incoming row over what is there */
+	Apply,	/* write the incoming row over what is there */
 	Insert, /* an update of a missing row becomes an insert */
 	Skip,
 	Error

@@ -107,8 +107,7 @@ Swallow(Body body, const char *what)
 	if (error == NULL)
 		return true;
 	ereport(WARNING,
-			(errcode(error->sqlerrcode),
-			 errmsg("mmrepl: %s failed: %s", what, error->message)));
+			(errcode(error->sqlerrcode), errmsg("mmrepl: %s failed: %s", what, error->message)));
 	FreeErrorData(error);
 	return false;
 }

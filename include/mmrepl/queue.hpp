@@ -47,9 +47,9 @@ struct Outgoing
 	int slot; /* of shared memory; -1: none */
 	uint32 changes;
 	uint16 flags;
-	Place place;		   /* rows > 0: chunks were written */
+	Place place;			/* rows > 0: chunks were written */
 	StringInfoData payload; /* of the head row, made by PrepareHead */
-	uint64 entry;		   /* ring position of the entry + 1; 0: not in the ring */
+	uint64 entry;			/* ring position of the entry + 1; 0: not in the ring */
 	uint32 counted_bytes;
 };
 

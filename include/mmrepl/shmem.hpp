@@ -22,7 +22,7 @@
 namespace mmrepl::shmem
 {
 
-constexpr int kMaxStreams = 64;	  /* the in-flight mask is one word */
+constexpr int kMaxStreams = 64; /* the in-flight mask is one word */
 constexpr int kMaxDatabases = 64;
 constexpr int kQueueTables = 3;
 constexpr int kErrorLength = 1024;
@@ -66,6 +66,7 @@ struct Stream
 {
 	/* Identity; changed under the registry lock only. */
 	bool in_use;
+	uint64 epoch; /* unlike that of any other use of the slot */
 	Oid database;
 	int32 id; /* mmrepl.stream.stream_id */
 	Oid server;
@@ -74,11 +75,11 @@ struct Stream
 	pg_uuid_t peer_node;
 
 	/* Order. last_ticket is guarded by the clock spinlock. */
-	uint64 last_ticket;			/* last ticket drawn for this stream */
-	pg_atomic_uint64 confirmed; /* all committed work with ticket <= this is at the peer */
+	uint64 last_ticket;				 /* last ticket drawn for this stream */
+	pg_atomic_uint64 confirmed;		 /* all committed work with ticket <= this is at the peer */
 	pg_atomic_uint32 late_confirmed; /* late work up to this LateWord::Ended() is there, too */
-	pg_atomic_uint64 ring_gap;	/* tickets <= this may be missing in the ring */
-	pg_atomic_uint64 commit_lsn; /* end of the last commit record of captured work */
+	pg_atomic_uint64 ring_gap;		 /* tickets <= this may be missing in the ring */
+	pg_atomic_uint64 commit_lsn;	 /* end of the last commit record of captured work */
 
 	/* Ring: byte positions that only grow; modulo the ring's size is the place. */
 	pg_atomic_uint64 ring_head; /* moved by committers, under the clock spinlock */
@@ -92,7 +93,6 @@ struct Stream
 	pg_atomic_uint64 oldest_ticket; /* oldest unconfirmed committed ticket; 0: none */
 
 	/* Control, guarded by mutex. */
-	slock_t mutex;
 	Latch *worker_latch; /* NULL: no worker */
 	int worker_pid;
 	WorkerState state;
@@ -110,6 +110,9 @@ struct Stream
 	char last_error_sqlstate[6];
 
 	Counters counters;
+
+	/* Made once; somebody may still wait for the slot's former use. */
+	slock_t mutex;
 	ConditionVariable confirmed_cv; /* broadcast when confirmed grows */
 };
 
@@ -126,25 +129,16 @@ struct LateWord
 	static constexpr uint64 kBegin = UINT64CONST(1) << 32;
 	static constexpr uint64 kEnd = 1 - kBegin; /* added: one less under way, one more ended */
 
-	bool UnderWay() const
-	{
-		return word >= kBegin;
-	}
-	uint32 Ended() const
-	{
-		return (uint32) word;
-	}
+	bool UnderWay() const { return word >= kBegin; }
+	uint32 Ended() const { return (uint32) word; }
 	/* What Ended() will be when those now under way have ended. */
-	uint32 Expected() const
-	{
-		return (uint32) word + (uint32) (word >> 32);
-	}
+	uint32 Expected() const { return (uint32) word + (uint32) (word >> 32); }
 };
 
 /* What is shared per database. */
 struct Database
 {
-	Oid oid; /* InvalidOid: free */
+	Oid oid;					   /* InvalidOid: free */
 	pg_atomic_uint32 ready;		   /* 1: clock and backlog were read from the queue tables */
 	pg_atomic_uint32 active_table; /* queue table that takes new rows */
 	pg_atomic_uint64 late;		   /* COMMIT PREPARED commands; see LateWord */
@@ -157,7 +151,8 @@ struct State
 	LWLock *startup; /* held while a database's queue is read for the first time */
 	slock_t clock_mutex;
 	uint64 last_ticket; /* hybrid logical clock: microseconds since the Unix epoch, or more */
-	uint64 registrations; /* bumped, under clock_mutex, whenever a stream's slot is taken or freed */
+	uint64
+		registrations; /* bumped, under clock_mutex, whenever a stream's slot is taken or freed */
 	pg_atomic_uint64 applied_ticket; /* highest ticket that apply() has seen */
 	Latch *launcher_latch;
 	int launcher_pid;
@@ -214,7 +209,9 @@ uint64 RingBytes();
  */
 int FindStream(Oid database, int32 id);
 int RegisterStream(Oid database, int32 id, Oid server, Oid owner, uint64 confirmed, bool paused);
-void UnregisterStream(int index);
+
+/* Free the slot if it is still in the same use. */
+void UnregisterStream(int index, uint64 epoch);
 
 /* The database's block, taken if need be; raises when all are taken. */
 Database &DatabaseOf(Oid database);

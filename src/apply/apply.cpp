@@ -184,8 +184,8 @@ ContinueTransaction(const Transaction &transaction)
 static bool
 AdmitInline(const Header &header, const Transaction &transaction, bool continues)
 {
-	if (continues ? HasOwnMarker(header.node, transaction.xid)
-				  : InsertMarker(header.node, transaction.xid))
+	if (continues ? HasOwnMarker(header.node, header.stream, transaction.xid)
+				  : InsertMarker(header.node, header.stream, transaction.xid))
 		return true;
 	if (continues)
 		ereport(ERROR, (errcode(ERRCODE_MMREPL_OUT_OF_ORDER),
@@ -209,7 +209,7 @@ Admit(const Header &header, const Transaction &transaction, bool first, uint64 w
 	if (!(transaction.flags & batch::kLate) && transaction.ticket <= watermark)
 		return false;
 	if (transaction.flags & (batch::kMarked | batch::kLate))
-		return InsertMarker(header.node, transaction.xid);
+		return InsertMarker(header.node, header.stream, transaction.xid);
 	return true;
 }
 
@@ -334,7 +334,7 @@ ApplyQueued(Session *session)
 		if (watermark > progress.watermark || conflicts > 0)
 			SaveProgress(&progress, watermark, conflicts);
 		if (header.sweep_xid != 0)
-			SweepMarkers(header.node, header.sweep_xid);
+			SweepMarkers(header.node, header.stream, header.sweep_xid);
 	}
 	CloseProgress(&progress);
 	return watermark;

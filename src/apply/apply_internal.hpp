@@ -207,10 +207,10 @@ void SaveProgress(Progress *progress, uint64 watermark, int64 more_conflicts);
 void CloseProgress(Progress *progress);
 
 /* False when the transaction has a marker already; waits for one that is uncommitted. */
-bool InsertMarker(const pg_uuid_t &node, uint64 xid);
+bool InsertMarker(const pg_uuid_t &node, int32 stream, uint64 xid);
 /* Whether this very transaction inserted the marker. */
-bool HasOwnMarker(const pg_uuid_t &node, uint64 xid);
-void SweepMarkers(const pg_uuid_t &node, uint64 below_xid);
+bool HasOwnMarker(const pg_uuid_t &node, int32 stream, uint64 xid);
+void SweepMarkers(const pg_uuid_t &node, int32 stream, uint64 below_xid);
 
 /* ---- apply_target.cpp ---- */
 

@@ -14,14 +14,15 @@ namespace mmrepl::apply
 {
 
 constexpr int kProgressColumns = 5; /* origin, stream, watermark, applied_at, conflicts */
-constexpr int kMarkerColumns = 2;	/* origin, xid */
+constexpr int kMarkerColumns = 3;	/* origin, xid */
 
 /* A search in one of the two tables by its primary key. */
 struct KeySearch
 {
 	Relation rel;
 	Relation index;
-	ScanKeyData keys[2];
+	int n_keys;
+	ScanKeyData keys[3];
 };
 
 /* Open table and index; the locks stay until the transaction's end. */
@@ -47,28 +48,31 @@ OpenProgress(KeySearch *search, const pg_uuid_t *node, int32 stream)
 	const catalog::Relations &relations = catalog::GetRelations();
 
 	OpenSearch(search, relations.progress, relations.progress_key);
+	search->n_keys = 2;
 	ScanKeyInit(&search->keys[0], 1, BTEqualStrategyNumber, F_UUID_EQ, UUIDPGetDatum(node));
 	ScanKeyInit(&search->keys[1], 2, BTEqualStrategyNumber, F_INT4EQ, Int32GetDatum(stream));
 }
 
 /* A search for the marker of a transaction; `node` must outlive it. */
 static void
-OpenMarker(KeySearch *search, const pg_uuid_t *node, uint64 xid)
+OpenMarker(KeySearch *search, const pg_uuid_t *node, int32 stream, uint64 xid)
 {
 	const catalog::Relations &relations = catalog::GetRelations();
 
 	OpenSearch(search, relations.marker, relations.marker_key);
+	search->n_keys = 3;
 	ScanKeyInit(&search->keys[0], 1, BTEqualStrategyNumber, F_UUID_EQ, UUIDPGetDatum(node));
-	ScanKeyInit(&search->keys[1], 2, BTEqualStrategyNumber, F_INT8EQ, Int64GetDatum((int64) xid));
+	ScanKeyInit(&search->keys[1], 2, BTEqualStrategyNumber, F_INT4EQ, Int32GetDatum(stream));
+	ScanKeyInit(&search->keys[2], 3, BTEqualStrategyNumber, F_INT8EQ, Int64GetDatum((int64) xid));
 }
 
 /* The row that the snapshot sees, into slot. */
 static bool
 Fetch(KeySearch *search, Snapshot snapshot, TupleTableSlot *slot)
 {
-	IndexScanDesc scan = BeginIndexScan(search->rel, search->index, snapshot, 2);
+	IndexScanDesc scan = BeginIndexScan(search->rel, search->index, snapshot, search->n_keys);
 
-	index_rescan(scan, search->keys, 2, NULL, 0);
+	index_rescan(scan, search->keys, search->n_keys, NULL, 0);
 	bool found = index_getnext_slot(scan, ForwardScanDirection, slot);
 
 	if (found)
@@ -250,12 +254,13 @@ CloseProgress(Progress *progress)
 
 /* Of several transactions that insert the same marker exactly one commits with true. */
 bool
-InsertMarker(const pg_uuid_t &node, uint64 xid)
+InsertMarker(const pg_uuid_t &node, int32 stream, uint64 xid)
 {
 	KeySearch search;
-	Datum values[kMarkerColumns] = {UUIDPGetDatum(&node), Int64GetDatum((int64) xid)};
+	Datum values[kMarkerColumns] = {UUIDPGetDatum(&node), Int32GetDatum(stream),
+									Int64GetDatum((int64) xid)};
 
-	OpenMarker(&search, &node, xid);
+	OpenMarker(&search, &node, stream, xid);
 	TupleTableSlot *slot = table_slot_create(search.rel, NULL);
 	bool inserted = InsertOnce(&search, slot, values, HashKey(node, xid));
 
@@ -266,12 +271,12 @@ InsertMarker(const pg_uuid_t &node, uint64 xid)
 
 /* An insert that was rolled back to a savepoint does not count. */
 bool
-HasOwnMarker(const pg_uuid_t &node, uint64 xid)
+HasOwnMarker(const pg_uuid_t &node, int32 stream, uint64 xid)
 {
 	KeySearch search;
 	bool own = false;
 
-	OpenMarker(&search, &node, xid);
+	OpenMarker(&search, &node, stream, xid);
 	TupleTableSlot *slot = table_slot_create(search.rel, NULL);
 
 	if (FetchLatest(&search, slot))
@@ -298,18 +303,18 @@ DeleteMarker(Relation rel, ItemPointer tid, Snapshot snapshot)
 
 /* Delete the markers that no batch can ask for any more. */
 void
-SweepMarkers(const pg_uuid_t &node, uint64 below_xid)
+SweepMarkers(const pg_uuid_t &node, int32 stream, uint64 below_xid)
 {
 	KeySearch search;
 
-	OpenMarker(&search, &node, below_xid);
-	ScanKeyInit(&search.keys[1], 2, BTLessStrategyNumber, F_INT8LT,
+	OpenMarker(&search, &node, stream, below_xid);
+	ScanKeyInit(&search.keys[2], 3, BTLessStrategyNumber, F_INT8LT,
 				Int64GetDatum((int64) below_xid));
 	TupleTableSlot *slot = table_slot_create(search.rel, NULL);
 	Snapshot snapshot = RegisterSnapshot(GetLatestSnapshot());
-	IndexScanDesc scan = BeginIndexScan(search.rel, search.index, snapshot, 2);
+	IndexScanDesc scan = BeginIndexScan(search.rel, search.index, snapshot, search.n_keys);
 
-	index_rescan(scan, search.keys, 2, NULL, 0);
+	index_rescan(scan, search.keys, search.n_keys, NULL, 0);
 	while (index_getnext_slot(scan, ForwardScanDirection, slot))
 	{
 		CHECK_FOR_INTERRUPTS();

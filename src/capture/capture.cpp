@@ -30,8 +30,7 @@ CheckCall(FunctionCallInfo fcinfo)
 	TriggerData *data = (TriggerData *) fcinfo->context;
 	bool truncate = TRIGGER_FIRED_BY_TRUNCATE(data->tg_event);
 
-	if (!TRIGGER_FIRED_AFTER(data->tg_event) ||
-		TRIGGER_FIRED_FOR_ROW(data->tg_event) == truncate)
+	if (!TRIGGER_FIRED_AFTER(data->tg_event) || TRIGGER_FIRED_FOR_ROW(data->tg_event) == truncate)
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("mmrepl.replicate() must be fired AFTER INSERT OR UPDATE OR DELETE FOR "
@@ -90,8 +89,8 @@ TouchesNothing(const Target *target, TupleTableSlot *old_row, TupleTableSlot *ne
 		if (old_row->tts_isnull[at] != new_row->tts_isnull[at])
 			return false;
 		if (!old_row->tts_isnull[at] &&
-			!datum_image_eq(old_row->tts_values[at], new_row->tts_values[at],
-							attribute->attbyval, attribute->attlen))
+			!datum_image_eq(old_row->tts_values[at], new_row->tts_values[at], attribute->attbyval,
+							attribute->attlen))
 			return false;
 	}
 	return true;
@@ -111,8 +110,7 @@ KindFor(CapturedTable *table, Target *target, TupleTableSlot *old_row, TupleTabl
 	if (!was && !is)
 		return false;
 	*kind = !was ? change::kInsert : !is ? change::kDelete : change::kUpdate;
-	return *kind != change::kUpdate || !target->subset ||
-		   !TouchesNothing(target, old_row, new_row);
+	return *kind != change::kUpdate || !target->subset || !TouchesNothing(target, old_row, new_row);
 }
 
 /* Append one record to the target's part of the transaction. */
@@ -232,7 +230,7 @@ CopyTable(Oid table, int32 pair_id)
 	ListCell *cell;
 
 	PushActiveSnapshot(GetLatestSnapshot());
-	foreach (cell, relations)
+	foreach(cell, relations)
 	{
 		Relation rel = table_open(lfirst_oid(cell), NoLock);
 

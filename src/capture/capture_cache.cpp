@@ -33,9 +33,8 @@ OnRelcacheInvalidation(Datum, Oid relation)
 	hash_seq_init(&scan, cache);
 	while ((slot = (CacheSlot *) hash_seq_search(&scan)) != NULL)
 	{
-		if (slot->table != NULL &&
-			(!OidIsValid(relation) || slot->key.relation == relation ||
-			 list_member_oid(slot->table->ancestors, relation)))
+		if (slot->table != NULL && (!OidIsValid(relation) || slot->key.relation == relation ||
+									list_member_oid(slot->table->ancestors, relation)))
 			slot->table->valid = false;
 	}
 }
@@ -85,7 +84,8 @@ KeyColumns(Relation rel)
 						RelationGetRelationName(rel)),
 				 errdetail("Without a primary key or a replica identity index the peer could not "
 						   "find the rows."),
-				 errhint("Add a primary key, or use ALTER TABLE ... REPLICA IDENTITY USING INDEX.")));
+				 errhint(
+					 "Add a primary key, or use ALTER TABLE ... REPLICA IDENTITY USING INDEX.")));
 	return key;
 }
 
@@ -94,7 +94,7 @@ ListHasName(List *names, const char *name)
 {
 	ListCell *cell;
 
-	foreach (cell, names)
+	foreach(cell, names)
 		if (strcmp((const char *) lfirst(cell), name) == 0)
 			return true;
 	return false;
@@ -119,7 +119,7 @@ CheckColumnsExist(Relation rel, const catalog::Pair *pair)
 {
 	ListCell *cell;
 
-	foreach (cell, pair->columns)
+	foreach(cell, pair->columns)
 	{
 		const char *name = (const char *) lfirst(cell);
 
@@ -147,12 +147,10 @@ ChooseColumns(Relation rel, const catalog::Pair *pair, change::ColumnSpec *colum
 	{
 		Form_pg_attribute attribute = TupleDescAttr(desc, i);
 		const char *name = NameStr(attribute->attname);
-		bool is_key =
-			bms_is_member(attribute->attnum - FirstLowInvalidHeapAttributeNumber, key);
+		bool is_key = bms_is_member(attribute->attnum - FirstLowInvalidHeapAttributeNumber, key);
 
-		if (attribute->attisdropped ||
-			(pair->columns == NIL ? attribute->attgenerated != '\0'
-								  : !ListHasName(pair->columns, name)))
+		if (attribute->attisdropped || (pair->columns == NIL ? attribute->attgenerated != '\0'
+															 : !ListHasName(pair->columns, name)))
 			continue;
 		columns[count++] = {attribute->attnum, pstrdup(RemoteName(pair, name)), is_key};
 	}
@@ -248,8 +246,7 @@ CheckTriggerArguments(const Trigger *trigger)
 		return;
 	ereport(ERROR,
 			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-			 errmsg("trigger \"%s\" passes wrong arguments to mmrepl.replicate()",
-					trigger->tgname),
+			 errmsg("trigger \"%s\" passes wrong arguments to mmrepl.replicate()", trigger->tgname),
 			 errhint("Pass (server, remote schema, remote table, application_name, 'sync' or "
 					 "'async'), or use mmrepl.create_pair().")));
 }
@@ -263,7 +260,7 @@ PairsWithAncestors(CapturedTable *table, Relation rel)
 
 	if (rel->rd_rel->relispartition)
 		table->ancestors = get_partition_ancestors(RelationGetRelid(rel));
-	foreach (cell, table->ancestors)
+	foreach(cell, table->ancestors)
 		pairs = list_concat(pairs, catalog::PairsOf(lfirst_oid(cell)));
 	return pairs;
 }
@@ -283,7 +280,7 @@ BuildTable(CapturedTable *table, Relation rel, Trigger *trigger)
 	else
 		pairs = PairsWithAncestors(table, rel);
 	table->targets = (Target *) palloc0(sizeof(Target) * (list_length(pairs) + 1));
-	foreach (cell, pairs)
+	foreach(cell, pairs)
 	{
 		const catalog::Pair *pair = (const catalog::Pair *) lfirst(cell);
 

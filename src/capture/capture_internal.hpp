@@ -38,7 +38,7 @@ struct CapturedTable
 	List *ancestors; /* OIDs of partitioned tables above it */
 	int n_targets;
 	Target *targets;
-	ExprContext *econtext; /* for filters; NULL when there are none */
+	ExprContext *econtext;	/* for filters; NULL when there are none */
 	char *skip_application; /* a trigger by hand does not capture this application */
 };
 

@@ -20,7 +20,7 @@ ReplicatedAncestor(Oid partition)
 
 	if (!get_rel_relispartition(partition) || catalog::PairsOf(partition) != NIL)
 		return InvalidOid;
-	foreach (cell, get_partition_ancestors(partition))
+	foreach(cell, get_partition_ancestors(partition))
 		if (catalog::PairsOf(lfirst_oid(cell)) != NIL)
 			return lfirst_oid(cell);
 	return InvalidOid;
@@ -32,12 +32,12 @@ CheckTruncate(const TruncateStmt *statement)
 	List *named = NIL;
 	ListCell *cell;
 
-	foreach (cell, statement->relations)
+	foreach(cell, statement->relations)
 		named = lappend_oid(named, RangeVarGetRelid((RangeVar *) lfirst(cell), NoLock, true));
-	foreach (cell, named)
+	foreach(cell, named)
 	{
-		Oid ancestor = OidIsValid(lfirst_oid(cell)) ? ReplicatedAncestor(lfirst_oid(cell))
-													: InvalidOid;
+		Oid ancestor =
+			OidIsValid(lfirst_oid(cell)) ? ReplicatedAncestor(lfirst_oid(cell)) : InvalidOid;
 
 		if (!OidIsValid(ancestor) || list_member_oid(named, ancestor))
 			continue;
@@ -52,8 +52,8 @@ CheckTruncate(const TruncateStmt *statement)
 
 static void
 OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
-				 ProcessUtilityContext context, ParamListInfo params,
-				 QueryEnvironment *environment, DestReceiver *dest, QueryCompletion *completion)
+				 ProcessUtilityContext context, ParamListInfo params, QueryEnvironment *environment,
+				 DestReceiver *dest, QueryCompletion *completion)
 {
 	if (IsA(statement->utilityStmt, TruncateStmt) && shmem::Ready() && guc::capture &&
 		!origin::Applying() && catalog::ExtensionExists())

@@ -10,12 +10,10 @@ namespace mmrepl::change
 constexpr uint64 kMaxColumns = MaxHeapAttributeNumber;
 
 /* Every malformed input ends here. */
-pg_attribute_noreturn() static void
-Malformed(const char *detail)
+pg_attribute_noreturn() static void Malformed(const char *detail)
 {
-	ereport(ERROR,
-			(errcode(ERRCODE_MMREPL_BAD_BATCH), errmsg("malformed replication data"),
-			 errdetail_internal("%s", detail)));
+	ereport(ERROR, (errcode(ERRCODE_MMREPL_BAD_BATCH), errmsg("malformed replication data"),
+					errdetail_internal("%s", detail)));
 }
 
 const char *
@@ -166,10 +164,9 @@ StartDecoding(Decoder *decoder, const char *data, uint32 length)
 	memset(decoder, 0, sizeof(*decoder));
 	decoder->reader = {data, length, 0};
 	if (decoder->reader.U8() != kVersion)
-		ereport(ERROR,
-				(errcode(ERRCODE_MMREPL_BAD_BATCH),
-				 errmsg("replication data of an unknown version"),
-				 errhint("Update the extension mmrepl_bgw on the older node.")));
+		ereport(ERROR, (errcode(ERRCODE_MMREPL_BAD_BATCH),
+						errmsg("replication data of an unknown version"),
+						errhint("Update the extension mmrepl_bgw on the older node.")));
 }
 
 /* Take a definition; a number may not be defined twice in a segment. */
@@ -288,8 +285,7 @@ Next(Decoder *decoder)
 char *
 ValueText(const Column *column, const Value *value)
 {
-	if (!column->binary ||
-		(WireOf(column->type) == Wire::Varlena && column->type != BYTEAOID))
+	if (!column->binary || (WireOf(column->type) == Wire::Varlena && column->type != BYTEAOID))
 		return pnstrdup(value->data, value->length);
 
 	StringInfoData buf;

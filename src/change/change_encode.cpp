@@ -78,20 +78,16 @@ struct Cursor
 	void Grow(uint64 need)
 	{
 		if (need > kSegmentLimit)
-			ereport(ERROR,
-					(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-					 errmsg("row is too large to be replicated"),
-					 errdetail("One change may take up to %llu bytes.",
-							   (unsigned long long) kSegmentLimit)));
+			ereport(ERROR, (errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+							errmsg("row is too large to be replicated"),
+							errdetail("One change may take up to %llu bytes.",
+									  (unsigned long long) kSegmentLimit)));
 		uint64 capacity = Min(Max(need, (uint64) segment->capacity * 2), kSegmentLimit);
 
 		segment->data = (char *) repalloc(segment->data, capacity + VARHDRSZ);
 		segment->capacity = (uint32) capacity;
 	}
-	void U8(uint8 value)
-	{
-		*Reserve(1) = (char) value;
-	}
+	void U8(uint8 value) { *Reserve(1) = (char) value; }
 	void U16(uint16 value)
 	{
 		value = pg_hton16(value);
@@ -304,8 +300,8 @@ KeyChanged(RelationEncoder *rel, TupleTableSlot *old_row, TupleTableSlot *new_ro
 		if (old_row->tts_isnull[at] != new_row->tts_isnull[at])
 			return true;
 		if (!old_row->tts_isnull[at] &&
-			!datum_image_eq(old_row->tts_values[at], new_row->tts_values[at],
-							attribute->attbyval, attribute->attlen))
+			!datum_image_eq(old_row->tts_values[at], new_row->tts_values[at], attribute->attbyval,
+							attribute->attlen))
 			return true;
 	}
 	return false;
@@ -451,8 +447,8 @@ int
 BeginTextFormat()
 {
 	static const char *const settings[][2] = {
-		{"datestyle", "ISO"},		  {"intervalstyle", "postgres"}, {"extra_float_digits", "3"},
-		{"bytea_output", "hex"},	  {"search_path", "pg_catalog"},
+		{"datestyle", "ISO"},	 {"intervalstyle", "postgres"}, {"extra_float_digits", "3"},
+		{"bytea_output", "hex"}, {"search_path", "pg_catalog"},
 	};
 	int nest_level = NewGUCNestLevel();
 

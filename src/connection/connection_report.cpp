@@ -202,6 +202,8 @@ IsTransient(int sqlstate)
 		default:
 			break;
 	}
+	if (sqlstate == ERRCODE_PROTOCOL_VIOLATION) /* malformed values, say receive functions */
+		return false;
 	switch (ERRCODE_TO_CATEGORY(sqlstate))
 	{
 		case ERRCODE_CONNECTION_EXCEPTION:

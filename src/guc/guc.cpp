@@ -51,9 +51,8 @@ DefineWorkerSettings()
 {
 	DefineInt("mmrepl.batch_size", "Bytes of changes that one batch holds at the most.", NULL,
 			  &batch_size, 64, 65536, PGC_SIGHUP, GUC_UNIT_KB);
-	DefineInt("mmrepl.batch_transactions",
-			  "Source transactions that one batch holds at the most.", NULL, &batch_transactions, 1,
-			  100000, PGC_SIGHUP, 0);
+	DefineInt("mmrepl.batch_transactions", "Source transactions that one batch holds at the most.",
+			  NULL, &batch_transactions, 1, 100000, PGC_SIGHUP, 0);
 	DefineInt("mmrepl.connect_timeout", "Longest wait for a connection to a peer.", NULL,
 			  &connect_timeout, 100, 600000, PGC_USERSET, GUC_UNIT_MS);
 	DefineInt("mmrepl.retry_max_delay", "Longest delay between two tries to reach a peer.", NULL,
@@ -61,8 +60,8 @@ DefineWorkerSettings()
 	DefineInt("mmrepl.retry_min_delay", "First delay between two tries to reach a peer.",
 			  "It doubles with every failure, with jitter, up to mmrepl.retry_max_delay.",
 			  &retry_min_delay, 10, 3600000, PGC_SIGHUP, GUC_UNIT_MS);
-	DefineInt("mmrepl.rotate_size", "Size at which a queue table is relieved by the next one.", NULL,
-			  &rotate_size, 64, 16777216, PGC_SIGHUP, GUC_UNIT_KB);
+	DefineInt("mmrepl.rotate_size", "Size at which a queue table is relieved by the next one.",
+			  NULL, &rotate_size, 64, 16777216, PGC_SIGHUP, GUC_UNIT_KB);
 }
 
 /* What fixes the size of shared memory; such settings exist only while preloading. */

@@ -77,9 +77,8 @@ ScanQueue(Fn fn)
 	{
 		Relation rel = table_open(relations.queue[table], AccessShareLock);
 
-		ScanTable(rel, InvalidBlockNumber, 0, [&](const Row &row, const ItemPointerData &tid) {
-			fn(table, row, tid);
-		});
+		ScanTable(rel, InvalidBlockNumber, 0,
+				  [&](const Row &row, const ItemPointerData &tid) { fn(table, row, tid); });
 		table_close(rel, AccessShareLock);
 	}
 }

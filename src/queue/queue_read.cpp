@@ -97,8 +97,8 @@ RefOf(uint32 table, const Row &row, const ItemPointerData &tid)
 	ref.changes = row.changes;
 	ref.bytes = row.payload_length;
 	if (row.flags & kChunked)
-		ref.bytes = (uint32) Min(ReadPlace(row.payload, row.payload_length).bytes,
-								 (uint64) PG_UINT32_MAX);
+		ref.bytes =
+			(uint32) Min(ReadPlace(row.payload, row.payload_length).bytes, (uint64) PG_UINT32_MAX);
 	return ref;
 }
 
@@ -175,8 +175,9 @@ CompareChunks(const void *left, const void *right)
 static ChunkRef *
 FindChunks(Relation rel, const Place &place, int32 stream, uint64 xid, uint32 *count)
 {
-	ChunkRef *chunks = (ChunkRef *) MemoryContextAllocHuge(
-		CurrentMemoryContext, sizeof(ChunkRef) * Max((Size) place.rows, 1));
+	ChunkRef *chunks =
+		(ChunkRef *) MemoryContextAllocHuge(CurrentMemoryContext,
+											sizeof(ChunkRef) * Max((Size) place.rows, 1));
 	uint32 found = 0;
 
 	ScanTable(rel, place.low, place.high, [&](const Row &row, const ItemPointerData &tid) {
@@ -238,8 +239,7 @@ JoinSlice(Relation rel, Cursor *cursor, StringInfo segment)
 bool
 ReadSome(Cursor *cursor, uint64 max_bytes, SegmentSink sink, void *arg)
 {
-	Relation rel =
-		table_open(catalog::GetRelations().queue[cursor->place.table], AccessShareLock);
+	Relation rel = table_open(catalog::GetRelations().queue[cursor->place.table], AccessShareLock);
 	StringInfoData segment;
 	uint64 passed = 0;
 
@@ -293,9 +293,7 @@ ReadSegments(const Ref &ref, int32 stream, SegmentSink sink, void *arg)
 		pfree(cursor.chunks);
 		return;
 	}
-	WithHead(ref, [&](const Row &row) {
-		WalkPayload(row.payload, row.payload_length, sink, arg);
-	});
+	WithHead(ref, [&](const Row &row) { WalkPayload(row.payload, row.payload_length, sink, arg); });
 }
 
 bool

@@ -112,9 +112,9 @@ PutStream(View *view)
 			if (refs[i].ticket <= shown) /* a prepared one, listed again */
 				continue;
 			view->ref = &refs[i];
-			view->state = refs[i].ticket == blocked		 ? "blocked"
+			view->state = refs[i].ticket == blocked	   ? "blocked"
 						  : (refs[i].flags & kInlined) ? "in doubt"
-														 : "queued";
+													   : "queued";
 			ReadSegments(refs[i], view->stream->id, PutSegment, view);
 			after = Max(after, refs[i].ticket);
 		}
@@ -133,7 +133,7 @@ SqlQueuedChanges(FunctionCallInfo fcinfo)
 	view.result = (ReturnSetInfo *) fcinfo->resultinfo;
 	view.per_segment =
 		AllocSetContextCreate(CurrentMemoryContext, "mmrepl queue view", ALLOCSET_DEFAULT_SIZES);
-	foreach (cell, catalog::AllStreams())
+	foreach(cell, catalog::AllStreams())
 	{
 		view.stream = (const catalog::StreamRow *) lfirst(cell);
 		ForeignServer *server = GetForeignServerExtended(view.stream->server, FSV_MISSING_OK);

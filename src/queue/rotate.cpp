@@ -39,7 +39,7 @@ HighestConfirmed()
 	uint64 highest = 0;
 	ListCell *cell;
 
-	foreach (cell, catalog::AllStreams())
+	foreach(cell, catalog::AllStreams())
 		highest = Max(highest, ((catalog::StreamRow *) lfirst(cell))->confirmed);
 	return highest;
 }
@@ -128,8 +128,8 @@ AllConfirmed(Relation rel)
 				known_stream = row.stream;
 				confirmed = ConfirmedOf(row.stream);
 			}
-			all = row.ticket <= confirmed &&
-				  (!(row.flags & kPrepared) || confirmed == PG_UINT64_MAX);
+			all =
+				row.ticket <= confirmed && (!(row.flags & kPrepared) || confirmed == PG_UINT64_MAX);
 		});
 	});
 	return all;

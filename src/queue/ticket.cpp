@@ -398,8 +398,7 @@ WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline)
 
 		if (left <= 0)
 			break;
-		ConditionVariableTimedSleep(&stream.confirmed_cv, Min(left, 60000L),
-									PG_WAIT_EXTENSION);
+		ConditionVariableTimedSleep(&stream.confirmed_cv, Min(left, 60000L), PG_WAIT_EXTENSION);
 	}
 	ConditionVariableCancelSleep();
 	return reached;

@@ -201,13 +201,18 @@ ActivateStream(Stream *stream, uint64 confirmed)
 	pg_atomic_write_u64(&stream->ring_gap, state->last_ticket);
 	stream->last_ticket = state->last_ticket;
 	stream->in_use = true;
-	state->registrations++;
+	stream->epoch = ++state->registrations;
 	SpinLockRelease(&state->clock_mutex);
 }
 
+/* Free a slot; its worker, if there is one, ends. */
 static void
 DeactivateStream(Stream *stream)
 {
+	int pid = stream->worker_pid;
+
+	if (pid != 0 && pid != MyProcPid && BackendPidGetProc(pid) != NULL)
+		kill(pid, SIGTERM);
 	SpinLockAcquire(&state->clock_mutex);
 	stream->in_use = false;
 	state->registrations++;
@@ -221,8 +226,8 @@ RegisterStream(Oid database, int32 id, Oid server, Oid owner, uint64 confirmed, 
 	int index = FindStreamLocked(database, id);
 
 	/* The extension was dropped and made again: the number means another stream now. */
-	if (index >= 0 && (state->streams[index].server != server ||
-					   state->streams[index].owner != owner))
+	if (index >= 0 &&
+		(state->streams[index].server != server || state->streams[index].owner != owner))
 	{
 		DeactivateStream(&state->streams[index]);
 		index = -1;
@@ -233,7 +238,7 @@ RegisterStream(Oid database, int32 id, Oid server, Oid owner, uint64 confirmed, 
 
 		if (stream->in_use)
 			continue;
-		InitStream(stream);
+		memset(stream, 0, offsetof(Stream, mutex));
 		stream->database = database;
 		stream->id = id;
 		stream->server = server;
@@ -249,10 +254,11 @@ RegisterStream(Oid database, int32 id, Oid server, Oid owner, uint64 confirmed, 
 }
 
 void
-UnregisterStream(int index)
+UnregisterStream(int index, uint64 epoch)
 {
 	LWLockAcquire(state->registry, LW_EXCLUSIVE);
-	DeactivateStream(&state->streams[index]);
+	if (state->streams[index].in_use && state->streams[index].epoch == epoch)
+		DeactivateStream(&state->streams[index]);
 	LWLockRelease(state->registry);
 }
 

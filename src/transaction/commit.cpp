@@ -230,10 +230,12 @@ OnSubAbort(int level)
 static void
 OnSubXactEvent(SubXactEvent event, SubTransactionId, SubTransactionId, void *)
 {
-	if (current.works == NULL)
-		return;
 	int level = GetCurrentTransactionNestLevel();
 
+	if (event == SUBXACT_EVENT_ABORT_SUB)
+		origin::Reset(level);
+	if (current.works == NULL)
+		return;
 	switch (event)
 	{
 		case SUBXACT_EVENT_START_SUB:
@@ -304,8 +306,8 @@ EndLateCommit(shmem::Database &database)
 
 static void
 OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
-				 ProcessUtilityContext context, ParamListInfo params,
-				 QueryEnvironment *environment, DestReceiver *dest, QueryCompletion *completion)
+				 ProcessUtilityContext context, ParamListInfo params, QueryEnvironment *environment,
+				 DestReceiver *dest, QueryCompletion *completion)
 {
 	auto run = [&] {
 		RunUtility(statement, text, read_only, context, params, environment, dest, completion);

@@ -48,8 +48,8 @@ NewWork(const Route &route)
 	if (current.context == NULL)
 	{
 		queue::EnsureReady();
-		current.context = AllocSetContextCreate(TopTransactionContext, "mmrepl changes",
-												ALLOCSET_DEFAULT_SIZES);
+		current.context =
+			AllocSetContextCreate(TopTransactionContext, "mmrepl changes", ALLOCSET_DEFAULT_SIZES);
 	}
 	Work *work = (Work *) MemoryContextAllocZero(current.context, sizeof(Work));
 
@@ -262,17 +262,16 @@ SharedStream(Work *work)
 	{
 		catalog::StreamRow row = {};
 
-		MmreplEnsure(catalog::ReadStreamRow(work->route.stream, &row),
-					 "stream %d does not exist", work->route.stream);
+		MmreplEnsure(catalog::ReadStreamRow(work->route.stream, &row), "stream %d does not exist",
+					 work->route.stream);
 		slot = shmem::RegisterStream(MyDatabaseId, row.id, row.server, row.owner, row.confirmed,
 									 row.paused);
-		current.wake_launcher = true;
+		shmem::WakeLauncher();
 	}
 	if (slot < 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
-				 errmsg("too many servers are replicated to"),
-				 errhint("Raise mmrepl.max_servers and restart the server.")));
+		ereport(ERROR, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
+						errmsg("too many servers are replicated to"),
+						errhint("Raise mmrepl.max_servers and restart the server.")));
 	return shmem::Get().streams[slot];
 }
 
@@ -284,6 +283,9 @@ SharedStream(Work *work)
 static bool
 PassFence(Work *work, connection::Failure *failure)
 {
+	if (catalog::MadeHere(work->route.stream))
+		return true;
+
 	shmem::Stream &stream = SharedStream(work);
 	queue::Goal goal = queue::CurrentGoal(stream);
 
@@ -296,8 +298,7 @@ PassFence(Work *work, connection::Failure *failure)
 				 state == shmem::WorkerState::Blocked;
 
 	shmem::WakeWorker(stream);
-	if (!stuck &&
-		queue::WaitConfirmed(stream, goal, connection::DeadlineIn(guc::sync_timeout)))
+	if (!stuck && queue::WaitConfirmed(stream, goal, connection::DeadlineIn(guc::sync_timeout)))
 		return true;
 	*failure = {};
 	failure->sqlstate = ERRCODE_MMREPL_SYNC_TIMEOUT;
@@ -353,9 +354,9 @@ FlushWork(Work *work, int nest_level)
 
 	Guarded(
 		[&] {
-			done = PassFence(work, &failure) &&
-				   sync::Flush(work->inlined, FirstUnsent(work), work->unsent, xid, nest_level,
-							   &failure);
+			done =
+				PassFence(work, &failure) && sync::Flush(work->inlined, FirstUnsent(work),
+														 work->unsent, xid, nest_level, &failure);
 		},
 		[&] { CountSyncFailure(work); });
 	if (done)

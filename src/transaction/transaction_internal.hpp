@@ -15,7 +15,7 @@ namespace mmrepl::transaction
 struct Mark
 {
 	Mark *outer;
-	int level; /* nest level of the subtransaction */
+	int level;				  /* nest level of the subtransaction */
 	change::Segment *segment; /* the last one then; NULL: there was none */
 	uint32 length;
 	uint32 segment_changes;
@@ -31,13 +31,13 @@ struct Work
 	change::Segment *first; /* segments in memory, in order */
 	change::Segment *last;
 	uint32 next_seq;
-	int64 changes;		/* captured and not undone */
-	Mark *marks;		/* innermost first */
-	bool spilled;		/* chunk rows were written */
-	bool sync;			/* executes at the peer inline */
-	int sync_level;		/* nest level at which it became sync, after merges */
-	bool degraded;		/* was sync; the peer could not be reached: queued */
-	int64 unsent;		/* changes not yet sent inline */
+	int64 changes;		 /* captured and not undone */
+	Mark *marks;		 /* innermost first */
+	bool spilled;		 /* chunk rows were written */
+	bool sync;			 /* executes at the peer inline */
+	int sync_level;		 /* nest level at which it became sync, after merges */
+	bool degraded;		 /* was sync; the peer could not be reached: queued */
+	int64 unsent;		 /* changes not yet sent inline */
 	sync::Work *inlined; /* NULL until the first flush */
 };
 

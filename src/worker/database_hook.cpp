@@ -6,6 +6,7 @@
  * only autovacuum to do so.  The workers are ended here before the command runs;
  * if the database is still there afterwards, a scout brings them back.
  */
+#include "mmrepl/transaction.hpp"
 #include "worker_internal.hpp"
 
 namespace mmrepl::worker
@@ -33,7 +34,7 @@ DatabaseNeeded(Node *statement)
 				name = ((RenameStmt *) statement)->subname;
 			break;
 		case T_CreatedbStmt:
-			foreach (cell, ((CreatedbStmt *) statement)->options)
+			foreach(cell, ((CreatedbStmt *) statement)->options)
 			{
 				DefElem *option = (DefElem *) lfirst(cell);
 
@@ -60,14 +61,17 @@ SendWorkersAway(Oid database)
 		if (!stream.in_use || stream.database != database)
 			continue;
 		any = true;
-		shmem::UnregisterStream(slot);
-		SpinLockAcquire(&stream.mutex);
-		int pid = stream.worker_pid;
-		SpinLockRelease(&stream.mutex);
-		if (pid != 0 && BackendPidGetProc(pid) != NULL)
-			kill(pid, SIGTERM);
+		shmem::UnregisterStream(slot, stream.epoch);
 	}
 	return any;
+}
+
+/* DROP EXTENSION, maybe ours: the workers have to see for themselves. */
+static bool
+DropsExtension(const Node *statement)
+{
+	return IsA(statement, DropStmt) &&
+		   ((const DropStmt *) statement)->removeType == OBJECT_EXTENSION;
 }
 
 static void
@@ -85,8 +89,8 @@ RunUtility(PlannedStmt *statement, const char *text, bool read_only, ProcessUtil
 
 static void
 OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
-				 ProcessUtilityContext context, ParamListInfo params,
-				 QueryEnvironment *environment, DestReceiver *dest, QueryCompletion *completion)
+				 ProcessUtilityContext context, ParamListInfo params, QueryEnvironment *environment,
+				 DestReceiver *dest, QueryCompletion *completion)
 {
 	auto run = [&] {
 		RunUtility(statement, text, read_only, context, params, environment, dest, completion);
@@ -98,6 +102,8 @@ OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
 	if (!OidIsValid(database) || !SendWorkersAway(database))
 	{
 		run();
+		if (shmem::Ready() && DropsExtension(statement->utilityStmt))
+			transaction::WakeWorkersAtCommit();
 		return;
 	}
 	Ensured(run, [&] { shmem::RequestScoutOf(database); });

@@ -32,7 +32,7 @@ LongestWaiting()
 	uint64 oldest = PG_UINT64_MAX;
 	ListCell *cell;
 
-	foreach (cell, catalog::AllStreams())
+	foreach(cell, catalog::AllStreams())
 	{
 		catalog::StreamRow *row = (catalog::StreamRow *) lfirst(cell);
 
@@ -118,8 +118,7 @@ Drain(const catalog::StreamRow *row, int64 limit)
 
 	TakeOver(row, slot);
 	connection::Target *target = connection::Resolve(row->server, row->owner);
-	PGconn *conn =
-		connection::Open(target, connection::DeadlineIn(guc::connect_timeout), &failure);
+	PGconn *conn = connection::Open(target, connection::DeadlineIn(guc::connect_timeout), &failure);
 
 	if (conn == NULL)
 		connection::ReportFailure(&failure, target->server_name, NULL);
@@ -174,9 +173,9 @@ SqlDeal(FunctionCallInfo fcinfo)
 	int64 limit = PG_ARGISNULL(0) ? PG_INT64_MAX : PG_GETARG_INT32(0);
 
 	if (limit < 1)
-		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-						errmsg("limit must be at least 1"),
-						errhint("Whole transactions are delivered, at least one.")));
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("limit must be at least 1"),
+				 errhint("Whole transactions are delivered, at least one.")));
 	queue::EnsureReady();
 	catalog::StreamRow *row = LongestWaiting();
 

@@ -8,13 +8,12 @@
  * From the tables: first the lowest ticket in flight is read, then the snapshot
  * is taken, then everything visible below that ticket is sent in ticket order.
  */
-#include "worker_internal.hpp"
+#include "feed_internal.hpp"
 
 namespace mmrepl::worker
 {
 
 constexpr int kRefsAtATime = 200000;
-constexpr uint64 kSweepEvery = 1000; /* inline transactions */
 
 void
 StartFeed(Feed *feed, int32 stream, int slot, bool tables_only)
@@ -61,8 +60,7 @@ void
 StartShipment(Shipment *shipment, MemoryContext parent)
 {
 	*shipment = {};
-	shipment->context =
-		AllocSetContextCreate(parent, "mmrepl shipment", ALLOCSET_DEFAULT_SIZES);
+	shipment->context = AllocSetContextCreate(parent, "mmrepl shipment", ALLOCSET_DEFAULT_SIZES);
 }
 
 void
@@ -73,7 +71,7 @@ EndShipment(Shipment *shipment)
 	*shipment = {};
 }
 
-static void
+void
 BeginBatch(Feed *feed, Shipment *shipment, uint8 flags)
 {
 	delivery::Header header = {};
@@ -200,15 +198,13 @@ NextPart(Feed *feed, Shipment *shipment, int64 bytes)
 	shipment->all_sent = !more;
 }
 
-/* Finish an ordinary batch; its watermark is the feed's position. */
-static void
+void
 CloseBatch(Feed *feed, Shipment *shipment)
 {
 	shipment->confirm_to = feed->position;
 	if (!shipment->large)
 	{
-		InContext(shipment->context,
-				  [&] { delivery::Finish(&shipment->batch, feed->position); });
+		InContext(shipment->context, [&] { delivery::Finish(&shipment->batch, feed->position); });
 		shipment->all_sent = true;
 	}
 }
@@ -260,8 +256,7 @@ FillFromRing(Feed *feed, Shipment *shipment, const Budget &budget)
 {
 	const queue::RingEntry *entry;
 
-	while (!Full(shipment, budget) &&
-		   (entry = queue::PeekRing(*feed->shared, feed->slot)) != NULL)
+	while (!Full(shipment, budget) && (entry = queue::PeekRing(*feed->shared, feed->slot)) != NULL)
 	{
 		if (GapAhead(feed))
 		{
@@ -274,8 +269,7 @@ FillFromRing(Feed *feed, Shipment *shipment, const Budget &budget)
 		{
 			if (state == queue::EntryState::Pending)
 				return;
-			if (state == queue::EntryState::Committed &&
-				!TakeEntry(feed, shipment, entry, budget))
+			if (state == queue::EntryState::Committed && !TakeEntry(feed, shipment, entry, budget))
 				return;
 			if (state == queue::EntryState::Delivered)
 				feed->inline_passed++;
@@ -287,8 +281,7 @@ FillFromRing(Feed *feed, Shipment *shipment, const Budget &budget)
 		feed->from_tables = true;
 }
 
-/* Whether a prepared transaction's rows may have appeared since the tables were read. */
-static bool
+bool
 LateWork(const Feed *feed)
 {
 	shmem::LateWord late = queue::ReadLate(*feed->database);
@@ -349,8 +342,8 @@ TakeRef(Feed *feed, Shipment *shipment, const queue::Ref &ref, const Budget &bud
 	}
 	else
 	{
-		delivery::AddTransaction(&shipment->batch, ref.ticket, ref.xid,
-								 TransactionFlags(ref.flags), ref.changes);
+		delivery::AddTransaction(&shipment->batch, ref.ticket, ref.xid, TransactionFlags(ref.flags),
+								 ref.changes);
 		queue::ReadSegments(ref, feed->stream, AddSegment, &shipment->batch);
 	}
 	NoteLate(shipment, ref);
@@ -497,8 +490,7 @@ ReconcileBacklog(Feed *feed)
 void
 ConfirmPassed(Feed *feed)
 {
-	if (!feed->from_tables &&
-		queue::LastTicket(*feed->shared) > feed->position)
+	if (!feed->from_tables && queue::LastTicket(*feed->shared) > feed->position)
 	{
 		uint64 below = queue::ResolvedBelow(*feed->shared, feed->slot);
 
@@ -511,101 +503,6 @@ ConfirmPassed(Feed *feed)
 		queue::ConfirmLate(*feed->shared, feed->late_seen);
 	if (!feed->from_tables)
 		ReconcileBacklog(feed);
-}
-
-/* ---- after delivery ---- */
-
-static void
-RemoveLate(Shipment *shipment)
-{
-	ListCell *cell;
-
-	if (shipment->late == NIL)
-		return;
-	InTransaction([&] {
-		foreach (cell, shipment->late)
-			(void) queue::RemoveHead(*(const queue::Ref *) lfirst(cell));
-	});
-}
-
-static void
-NoteLag(shmem::Stream &stream, uint64 ticket)
-{
-	TimestampTz now = GetCurrentTimestamp();
-
-	SpinLockAcquire(&stream.mutex);
-	stream.last_apply_at = now;
-	stream.last_lag_us = ticket == 0 ? stream.last_lag_us : now - shmem::TicketTime(ticket);
-	SpinLockRelease(&stream.mutex);
-}
-
-/* The oldest transaction that waits now: the next one, as far as it is known. */
-static void
-NoteOldest(Feed *feed)
-{
-	shmem::Stream &stream = *feed->shared;
-	const queue::RingEntry *entry = NULL;
-	uint64 next = 0;
-
-	if (feed->refs != NULL && feed->next_ref < feed->n_refs)
-		next = feed->refs[feed->next_ref].ticket;
-	else if (!feed->tables_only && (entry = queue::PeekRing(stream, feed->slot)) != NULL)
-		next = entry->ticket;
-	pg_atomic_write_u64(&stream.oldest_ticket, next);
-}
-
-void
-Applied(Feed *feed, Shipment *shipment)
-{
-	shmem::Stream &stream = *feed->shared;
-	shmem::Counters &counters = stream.counters;
-
-	RemoveLate(shipment);
-	queue::Discount(stream, shipment->transactions, shipment->changes, shipment->bytes);
-	queue::Confirm(stream, shipment->confirm_to);
-	pg_atomic_fetch_add_u64(&counters.transactions_applied, shipment->transactions);
-	pg_atomic_fetch_add_u64(&counters.changes_applied, shipment->changes);
-	pg_atomic_fetch_add_u64(&counters.batches, 1);
-	NoteLag(stream, shipment->last_ticket);
-	NoteOldest(feed);
-}
-
-/* ---- markers ---- */
-
-/*
- * Markers of transactions with a lower xid than any running one are of no use
- * once everything these transactions queued is confirmed and the peer's
- * watermark has passed it: they cannot be replayed any more.
- */
-static void
-ChooseSweep(Feed *feed)
-{
-	FullTransactionId next = ReadNextFullTransactionId();
-	TransactionId oldest = GetOldestActiveTransactionId();
-	uint32 epoch = EpochFromFullTransactionId(next);
-
-	if (oldest > XidFromFullTransactionId(next))
-		epoch--;
-	feed->sweep_xid = U64FromFullTransactionId(FullTransactionIdFromEpochAndXid(epoch, oldest));
-	feed->sweep_after = queue::LastTicket(*feed->shared);
-	feed->inline_passed = 0;
-}
-
-bool
-SweepShipment(Feed *feed, Shipment *shipment)
-{
-	if (feed->sweep_xid == 0 && feed->inline_passed >= kSweepEvery)
-		ChooseSweep(feed);
-	if (feed->sweep_xid == 0 || LateWork(feed) ||
-		pg_atomic_read_u64(&feed->shared->confirmed) < feed->sweep_after)
-		return false;
-	shipment->sweep_xid = feed->sweep_xid;
-	shipment->previous = feed->watermark;
-	feed->sweep_xid = 0;
-	InContext(shipment->context, [&] { BeginBatch(feed, shipment, 0); });
-	CloseBatch(feed, shipment);
-	feed->watermark = feed->position;
-	return true;
 }
 
 } // namespace mmrepl::worker

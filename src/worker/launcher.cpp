@@ -72,11 +72,10 @@ StartProcess(BackgroundWorker *worker)
 		return handle;
 	}
 	if (!slots_exhausted)
-		ereport(WARNING,
-				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
-				 errmsg("mmrepl: no background worker slot is free"),
-				 errdetail("Changes stay queued until one is."),
-				 errhint("Raise \"max_worker_processes\" and restart the server.")));
+		ereport(WARNING, (errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
+						  errmsg("mmrepl: no background worker slot is free"),
+						  errdetail("Changes stay queued until one is."),
+						  errhint("Raise \"max_worker_processes\" and restart the server.")));
 	slots_exhausted = true;
 	return NULL;
 }
@@ -132,7 +131,7 @@ ScoutNewDatabases()
 	bool all = true;
 	ListCell *cell;
 
-	foreach (cell, databases)
+	foreach(cell, databases)
 	{
 		Oid database = lfirst_oid(cell);
 
@@ -146,19 +145,32 @@ ScoutNewDatabases()
 	next_scan = GetCurrentTimestamp() + (all ? kScanEvery : kMinRestart * 10);
 }
 
-/* Databases whose sessions asked for a look. */
-static void
+/*
+ * Databases whose sessions asked for a look; false when there was none.  A scout
+ * is waited for with our latch, so a request may have come unnoticed meanwhile:
+ * ask again until there is none.
+ */
+static bool
 ScoutOnRequest()
 {
+	bool any = false;
+
 	for (shmem::Database &database : shmem::Get().databases)
 	{
 		uint32 wanted = 1;
 
-		if (OidIsValid(database.oid) &&
-			pg_atomic_compare_exchange_u32(&database.scout_wanted, &wanted, 0) &&
-			!Scout(database.oid))
+		if (!OidIsValid(database.oid) ||
+			!pg_atomic_compare_exchange_u32(&database.scout_wanted, &wanted, 0))
+			continue;
+		if (Scout(database.oid))
+			any = true;
+		else
+		{
 			pg_atomic_write_u32(&database.scout_wanted, 1);
+			next_scan = Min(next_scan, GetCurrentTimestamp() + kMinRestart * 10);
+		}
 	}
+	return any;
 }
 
 void
@@ -170,18 +182,17 @@ RunScout(Oid)
 		if (!catalog::ExtensionExists())
 			return;
 		queue::EnsureReady();
-		foreach (cell, catalog::AllStreams())
+		foreach(cell, catalog::AllStreams())
 		{
 			catalog::StreamRow *row = (catalog::StreamRow *) lfirst(cell);
 			int slot = shmem::RegisterStream(MyDatabaseId, row->id, row->server, row->owner,
 											 row->confirmed, row->paused);
 
 			if (slot < 0)
-				ereport(WARNING,
-						(errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
-						 errmsg("mmrepl: stream %d cannot be served", row->id),
-						 errdetail("Its changes are queued and stay so."),
-						 errhint("Raise \"mmrepl.max_servers\" and restart the server.")));
+				ereport(WARNING, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
+								  errmsg("mmrepl: stream %d cannot be served", row->id),
+								  errdetail("Its changes are queued and stay so."),
+								  errhint("Raise \"mmrepl.max_servers\" and restart the server.")));
 		}
 	});
 }
@@ -217,8 +228,8 @@ StartWorker(int slot)
 	const shmem::Stream &stream = shmem::Get().streams[slot];
 
 	DescribeWorker(&worker, "mmrepl_stream_main", "mmrepl stream worker");
-	snprintf(worker.bgw_name, sizeof(worker.bgw_name), "mmrepl stream %d of database %u",
-			 stream.id, stream.database);
+	snprintf(worker.bgw_name, sizeof(worker.bgw_name), "mmrepl stream %d of database %u", stream.id,
+			 stream.database);
 	worker.bgw_main_arg = Int32GetDatum(slot);
 	wards[slot].handle = StartProcess(&worker);
 	wards[slot].started_at = GetCurrentTimestamp();
@@ -269,7 +280,8 @@ RunLauncher()
 	{
 		if (GetCurrentTimestamp() >= next_scan)
 			ScoutNewDatabases();
-		ScoutOnRequest();
+		while (ScoutOnRequest())
+			;
 		TimestampTz due = SuperviseWorkers();
 
 		due = due == 0 ? next_scan : Min(due, next_scan);

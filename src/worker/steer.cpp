@@ -18,15 +18,14 @@ RequireSlot(const catalog::StreamRow *row)
 
 	if (slot < 0)
 	{
-		slot = shmem::RegisterStream(MyDatabaseId, row->id, row->server, row->owner,
-									 row->confirmed, row->paused);
+		slot = shmem::RegisterStream(MyDatabaseId, row->id, row->server, row->owner, row->confirmed,
+									 row->paused);
 		shmem::WakeLauncher();
 	}
 	if (slot < 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
-				 errmsg("too many servers are replicated to"),
-				 errhint("Raise \"mmrepl.max_servers\" and restart the server.")));
+		ereport(ERROR, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
+						errmsg("too many servers are replicated to"),
+						errhint("Raise \"mmrepl.max_servers\" and restart the server.")));
 	return slot;
 }
 
@@ -43,7 +42,7 @@ StreamsToSteer(const char *server_name)
 	ListCell *cell;
 
 	queue::EnsureReady();
-	foreach (cell, catalog::AllStreams())
+	foreach(cell, catalog::AllStreams())
 	{
 		catalog::StreamRow *row = (catalog::StreamRow *) lfirst(cell);
 
@@ -55,10 +54,9 @@ StreamsToSteer(const char *server_name)
 			others = true;
 	}
 	if (mine == NIL && others)
-		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("permission denied for replication to server \"%s\"", server_name),
-				 errdetail("Only owners of its pairs and superusers may do that.")));
+		ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+						errmsg("permission denied for replication to server \"%s\"", server_name),
+						errdetail("Only owners of its pairs and superusers may do that.")));
 	return mine;
 }
 
@@ -67,16 +65,15 @@ RequireStreams(FunctionCallInfo fcinfo)
 {
 	shmem::RequireReady();
 	if (PG_ARGISNULL(0))
-		ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
-						errmsg("server name must not be null")));
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("server name must not be null")));
 	const char *name = NameStr(*PG_GETARG_NAME(0));
 	List *streams = StreamsToSteer(name);
 
 	if (streams == NIL)
-		ereport(ERROR,
-				(errcode(ERRCODE_MMREPL_NO_SUCH_PAIR),
-				 errmsg("nothing is replicated to server \"%s\"", name),
-				 errhint("Register a table with mmrepl.create_pair().")));
+		ereport(ERROR, (errcode(ERRCODE_MMREPL_NO_SUCH_PAIR),
+						errmsg("nothing is replicated to server \"%s\"", name),
+						errhint("Register a table with mmrepl.create_pair().")));
 	return streams;
 }
 
@@ -108,7 +105,7 @@ PauseOrResume(FunctionCallInfo fcinfo, bool paused)
 {
 	ListCell *cell;
 
-	foreach (cell, RequireStreams(fcinfo))
+	foreach(cell, RequireStreams(fcinfo))
 		SetPaused((const catalog::StreamRow *) lfirst(cell), paused);
 	PG_RETURN_VOID();
 }
@@ -139,7 +136,7 @@ SqlRetryNow(FunctionCallInfo fcinfo)
 {
 	ListCell *cell;
 
-	foreach (cell, RequireStreams(fcinfo))
+	foreach(cell, RequireStreams(fcinfo))
 		AskRetry(shmem::Get().streams[RequireSlot((const catalog::StreamRow *) lfirst(cell))]);
 	PG_RETURN_VOID();
 }
@@ -160,7 +157,7 @@ SqlWaitForReplay(FunctionCallInfo fcinfo)
 		DirectFunctionCall2(timestamptz_pl_interval, TimestampTzGetDatum(GetCurrentTimestamp()),
 							PointerGetDatum(PG_GETARG_INTERVAL_P(1))));
 
-	foreach (cell, StreamsToSteer(NameStr(*PG_GETARG_NAME(0))))
+	foreach(cell, StreamsToSteer(NameStr(*PG_GETARG_NAME(0))))
 	{
 		int slot = RequireSlot((const catalog::StreamRow *) lfirst(cell));
 		shmem::Stream &stream = shmem::Get().streams[slot];
@@ -239,8 +236,7 @@ InsertSkipped(const char *server, const queue::Ref &ref, Skipped *skipped, text 
 	values[4] = makeArrayResult(skipped->queries, CurrentMemoryContext);
 	values[5] = PointerGetDatum(reason);
 	nulls[5] = reason == NULL;
-	values[6] =
-		DirectFunctionCall1(namein, CStringGetDatum(GetUserNameFromId(GetUserId(), false)));
+	values[6] = DirectFunctionCall1(namein, CStringGetDatum(GetUserNameFromId(GetUserId(), false)));
 	values[7] = TimestampTzGetDatum(GetCurrentTimestamp());
 	simple_heap_insert(rel, heap_form_tuple(RelationGetDescr(rel), values, nulls));
 	table_close(rel, RowExclusiveLock);
@@ -288,14 +284,13 @@ SqlSkip(FunctionCallInfo fcinfo)
 	uint64 ticket = (uint64) PG_GETARG_INT64(1);
 	text *reason = PG_ARGISNULL(2) ? NULL : PG_GETARG_TEXT_PP(2);
 
-	foreach (cell, streams)
+	foreach(cell, streams)
 		if (SkipIn((const catalog::StreamRow *) lfirst(cell), server, ticket, reason, &changes))
 			PG_RETURN_INT64(changes);
-	ereport(ERROR,
-			(errcode(ERRCODE_UNDEFINED_OBJECT),
-			 errmsg("no transaction with ticket %llu is queued for server \"%s\"",
-					(unsigned long long) ticket, server),
-			 errhint("See column \"ticket\" of mmrepl.sync_err_rec.")));
+	ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT),
+					errmsg("no transaction with ticket %llu is queued for server \"%s\"",
+						   (unsigned long long) ticket, server),
+					errhint("See column \"ticket\" of mmrepl.sync_err_rec.")));
 }
 
 } // namespace mmrepl::worker

@@ -38,11 +38,10 @@ DropPeer(Session *session)
 /* ---- configuration ---- */
 
 /* The stream is no more: free its slot and end. */
-pg_attribute_noreturn() static void
-Retire(Session *session)
+pg_attribute_noreturn() static void Retire(Session *session)
 {
 	ereport(LOG, (errmsg("mmrepl: stream %d is dropped, its worker ends", session->stream)));
-	shmem::UnregisterStream(session->slot);
+	shmem::UnregisterStream(session->slot, session->epoch);
 	proc_exit(0);
 }
 
@@ -92,10 +91,9 @@ static void
 RequireOwnNode()
 {
 	if (!catalog::NodeIsOurs())
-		ereport(ERROR,
-				(errcode(ERRCODE_MMREPL_WRONG_NODE),
-				 errmsg("this database is a copy of another replication node"),
-				 errhint("Run SELECT mmrepl.adopt_node() to make it a node of its own.")));
+		ereport(ERROR, (errcode(ERRCODE_MMREPL_WRONG_NODE),
+						errmsg("this database is a copy of another replication node"),
+						errhint("Run SELECT mmrepl.adopt_node() to make it a node of its own.")));
 }
 
 /* Follow changes of the configuration; a changed server means a new connection. */
@@ -134,11 +132,11 @@ OpenPeer(Session *session)
 		Fail(session, &failure, false);
 		return false;
 	}
-	session->events = CreateWaitEventSet(TopMemoryContext, 3);
+	session->events = NewWaitEventSet(3);
 	AddWaitEventToSet(session->events, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
 	AddWaitEventToSet(session->events, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
-	session->socket_event = AddWaitEventToSet(session->events, WL_SOCKET_READABLE,
-											  PQsocket(session->conn), NULL, NULL);
+	session->socket_event =
+		AddWaitEventToSet(session->events, WL_SOCKET_READABLE, PQsocket(session->conn), NULL, NULL);
 	return true;
 }
 
@@ -147,9 +145,8 @@ TakeLock(Session *session)
 {
 	if (session->shared->handover_requests > 0)
 		return false;
-	InTransaction([&] {
-		session->holds_lock = queue::TakeOrderingLock(session->stream, true, false);
-	});
+	InTransaction(
+		[&] { session->holds_lock = queue::TakeOrderingLock(session->stream, true, false); });
 	return session->holds_lock;
 }
 
@@ -270,8 +267,8 @@ PublishFailure(Session *session, const connection::Failure *failure, shmem::Work
 void
 Fail(Session *session, const connection::Failure *failure, bool refused)
 {
-	bool permanent = refused && session->outstanding > 0 &&
-					 !connection::IsTransient(failure->sqlstate);
+	bool permanent =
+		refused && session->outstanding > 0 && !connection::IsTransient(failure->sqlstate);
 	int64 transactions = session->outstanding > 0 ? session->lanes[0].transactions : 0;
 	uint64 ticket = session->outstanding > 0 ? session->lanes[0].first_ticket : 0;
 
@@ -305,8 +302,8 @@ NoteSuccess(Session *session)
 	session->retry_at = 0;
 	session->logged[0] = '\0';
 	SpinLockAcquire(&stream.mutex);
-	stream.state = session->feed.from_tables ? shmem::WorkerState::CatchingUp
-											 : shmem::WorkerState::Streaming;
+	stream.state =
+		session->feed.from_tables ? shmem::WorkerState::CatchingUp : shmem::WorkerState::Streaming;
 	stream.consecutive_failures = 0;
 	stream.next_retry_at = 0;
 	stream.blocked_ticket = 0;

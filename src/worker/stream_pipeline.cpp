@@ -41,9 +41,9 @@ Broken(Session *session)
 static bool
 SendBatch(Session *session, Shipment *shipment)
 {
-	bool sent = delivery::Send(session->conn, &shipment->batch) &&
-				(shipment->all_sent ? PQpipelineSync(session->conn)
-									: PQsendFlushRequest(session->conn));
+	bool sent =
+		delivery::Send(session->conn, &shipment->batch) &&
+		(shipment->all_sent ? PQpipelineSync(session->conn) : PQsendFlushRequest(session->conn));
 
 	shipment->results_due++;
 	pg_atomic_fetch_add_u64(&session->shared->counters.bytes_sent, shipment->batch.buf.len);
@@ -139,9 +139,9 @@ TakeResult(Session *session, const PGresult *res)
 	connection::Failure failure = {};
 
 	failure.sqlstate = ERRCODE_MMREPL_OUT_OF_ORDER;
-	failure.message = psprintf("the peer stands at ticket %llu after a batch that ends at %llu",
-							   (unsigned long long) watermark,
-							   (unsigned long long) shipment->confirm_to);
+	failure.message =
+		psprintf("the peer stands at ticket %llu after a batch that ends at %llu",
+				 (unsigned long long) watermark, (unsigned long long) shipment->confirm_to);
 	Fail(session, &failure, true);
 }
 

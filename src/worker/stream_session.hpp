@@ -15,6 +15,7 @@ struct Session
 {
 	int slot;
 	shmem::Stream *shared;
+	uint64 epoch; /* of the slot's use; another one: we are not meant any more */
 	int32 stream;
 	Oid server;
 	Oid owner;

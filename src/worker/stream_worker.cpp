@@ -57,6 +57,7 @@ InitSession(Session *session, int slot)
 	*session = {};
 	session->slot = slot;
 	session->shared = &shmem::Get().streams[slot];
+	session->epoch = session->shared->epoch;
 	session->stream = session->shared->id;
 	session->server = session->shared->server;
 	session->owner = session->shared->owner;
@@ -182,6 +183,8 @@ BackingOff(const Session *session)
 static void
 Round(Session *session)
 {
+	if (!session->shared->in_use || session->shared->epoch != session->epoch)
+		proc_exit(0);
 	if (TakeRetryNow(session))
 		session->retry_at = 0;
 	if (session->attended || !BackingOff(session))

@@ -53,11 +53,11 @@ struct Shipment
 	delivery::Batch batch;
 	int64 transactions;
 	int64 changes;
-	int64 bytes;		 /* of queue payload, for the backlog counters */
+	int64 bytes; /* of queue payload, for the backlog counters */
 	uint64 first_ticket;
-	uint64 confirm_to;	 /* all up to here is confirmed when it is applied */
-	uint64 last_ticket;	 /* newest transaction in it: for the lag */
-	uint64 previous; /* the peer's watermark before it */
+	uint64 confirm_to;	/* all up to here is confirmed when it is applied */
+	uint64 last_ticket; /* newest transaction in it: for the lag */
+	uint64 previous;	/* the peer's watermark before it */
 	uint64 sweep_xid;
 	List *late; /* of queue::Ref *: heads to remove afterwards */
 	bool large; /* a chunked transaction in parts */

@@ -1,0 +1,107 @@
+/*
+ * feed_after.cpp
+ *		What follows a delivery: positions, counters, late heads, markers.
+ */
+#include "feed_internal.hpp"
+
+namespace mmrepl::worker
+{
+
+constexpr uint64 kSweepEvery = 1000; /* inline transactions */
+
+/* ---- after delivery ---- */
+
+static void
+RemoveLate(Shipment *shipment)
+{
+	ListCell *cell;
+
+	if (shipment->late == NIL)
+		return;
+	InTransaction([&] {
+		foreach(cell, shipment->late)
+			(void) queue::RemoveHead(*(const queue::Ref *) lfirst(cell));
+	});
+}
+
+static void
+NoteLag(shmem::Stream &stream, uint64 ticket)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	SpinLockAcquire(&stream.mutex);
+	stream.last_apply_at = now;
+	stream.last_lag_us = ticket == 0 ? stream.last_lag_us : now - shmem::TicketTime(ticket);
+	SpinLockRelease(&stream.mutex);
+}
+
+/* The oldest transaction that waits now: the next one, as far as it is known. */
+static void
+NoteOldest(Feed *feed)
+{
+	shmem::Stream &stream = *feed->shared;
+	const queue::RingEntry *entry = NULL;
+	uint64 next = 0;
+
+	if (feed->refs != NULL && feed->next_ref < feed->n_refs)
+		next = feed->refs[feed->next_ref].ticket;
+	else if (!feed->tables_only && (entry = queue::PeekRing(stream, feed->slot)) != NULL)
+		next = entry->ticket;
+	pg_atomic_write_u64(&stream.oldest_ticket, next);
+}
+
+void
+Applied(Feed *feed, Shipment *shipment)
+{
+	shmem::Stream &stream = *feed->shared;
+	shmem::Counters &counters = stream.counters;
+
+	RemoveLate(shipment);
+	queue::Discount(stream, shipment->transactions, shipment->changes, shipment->bytes);
+	queue::Confirm(stream, shipment->confirm_to);
+	pg_atomic_fetch_add_u64(&counters.transactions_applied, shipment->transactions);
+	pg_atomic_fetch_add_u64(&counters.changes_applied, shipment->changes);
+	pg_atomic_fetch_add_u64(&counters.batches, 1);
+	NoteLag(stream, shipment->last_ticket);
+	NoteOldest(feed);
+}
+
+/* ---- markers ---- */
+
+/*
+ * Markers of transactions with a lower xid than any running one are of no use
+ * once everything these transactions queued is confirmed and the peer's
+ * watermark has passed it: they cannot be replayed any more.
+ */
+static void
+ChooseSweep(Feed *feed)
+{
+	FullTransactionId next = ReadNextFullTransactionId();
+	TransactionId oldest = GetOldestActiveTransactionId();
+	uint32 epoch = EpochFromFullTransactionId(next);
+
+	if (oldest > XidFromFullTransactionId(next))
+		epoch--;
+	feed->sweep_xid = U64FromFullTransactionId(FullTransactionIdFromEpochAndXid(epoch, oldest));
+	feed->sweep_after = queue::LastTicket(*feed->shared);
+	feed->inline_passed = 0;
+}
+
+bool
+SweepShipment(Feed *feed, Shipment *shipment)
+{
+	if (feed->sweep_xid == 0 && feed->inline_passed >= kSweepEvery)
+		ChooseSweep(feed);
+	if (feed->sweep_xid == 0 || LateWork(feed) ||
+		pg_atomic_read_u64(&feed->shared->confirmed) < feed->sweep_after)
+		return false;
+	shipment->sweep_xid = feed->sweep_xid;
+	shipment->previous = feed->watermark;
+	feed->sweep_xid = 0;
+	InContext(shipment->context, [&] { BeginBatch(feed, shipment, 0); });
+	CloseBatch(feed, shipment);
+	feed->watermark = feed->position;
+	return true;
+}
+
+} // namespace mmrepl::worker
