@@ -220,8 +220,14 @@ bool WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline
 uint64 LastTicket(const shmem::Stream &stream);
 
 /* ---- the ordering lock ---- */
-bool TakeOrderingLock(int32 stream, bool for_session, bool wait);
-void ReleaseOrderingLock(int32 stream);
+
+/*
+ * Take the stream's ordering lock, for the session or for the transaction;
+ * without `wait` false when somebody has it.  *tag, if wanted, is what releases
+ * a session's lock, even when the extension is gone.
+ */
+bool TakeOrderingLock(int32 stream, bool for_session, bool wait, LOCKTAG *tag);
+void ReleaseOrderingLock(const LOCKTAG &tag);
 
 /* ---- upkeep, in a transaction of its own ---- */
 

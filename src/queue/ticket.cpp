@@ -425,18 +425,18 @@ OrderingTag(int32 stream)
 }
 
 bool
-TakeOrderingLock(int32 stream, bool for_session, bool wait)
+TakeOrderingLock(int32 stream, bool for_session, bool wait, LOCKTAG *tag)
 {
-	LOCKTAG tag = OrderingTag(stream);
+	LOCKTAG ordering = OrderingTag(stream);
 
-	return LockAcquire(&tag, ExclusiveLock, for_session, !wait) != LOCKACQUIRE_NOT_AVAIL;
+	if (tag != NULL)
+		*tag = ordering;
+	return LockAcquire(&ordering, ExclusiveLock, for_session, !wait) != LOCKACQUIRE_NOT_AVAIL;
 }
 
 void
-ReleaseOrderingLock(int32 stream)
+ReleaseOrderingLock(const LOCKTAG &tag)
 {
-	LOCKTAG tag = OrderingTag(stream);
-
 	LockRelease(&tag, ExclusiveLock, true);
 }
 

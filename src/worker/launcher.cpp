@@ -21,6 +21,7 @@ constexpr int64 kMaxRestart = INT64CONST(30) * USECS_PER_SEC;
 /* What the launcher knows of a stream's worker. */
 struct Ward
 {
+	uint64 epoch; /* of the slot's use that this is about */
 	BackgroundWorkerHandle *handle;
 	TimestampTz started_at;
 	TimestampTz start_at; /* not before this */
@@ -245,8 +246,12 @@ SuperviseWorkers()
 
 	for (int slot = 0; slot < guc::max_servers; slot++)
 	{
-		if (!shmem::Get().streams[slot].in_use || WorkerLives(slot))
+		const shmem::Stream &stream = shmem::Get().streams[slot];
+
+		if (!stream.in_use || WorkerLives(slot))
 			continue;
+		if (wards[slot].epoch != stream.epoch)
+			wards[slot] = {stream.epoch, NULL, 0, 0, 0};
 		if (wards[slot].start_at <= GetCurrentTimestamp())
 			StartWorker(slot);
 		if (wards[slot].handle == NULL)

@@ -186,7 +186,7 @@ TakeOver(const catalog::StreamRow *row, int slot)
 
 	request(1);
 	shmem::WakeWorker(stream);
-	Ensured([&] { (void) queue::TakeOrderingLock(row->id, false, true); }, [&] { request(-1); });
+	Ensured([&] { (void) queue::TakeOrderingLock(row->id, false, true, NULL); }, [&] { request(-1); });
 	transaction::WakeStreamAtEnd(slot);
 }
 

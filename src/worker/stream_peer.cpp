@@ -15,7 +15,7 @@ ReleaseLock(Session *session)
 	if (!session->holds_lock)
 		return;
 	session->holds_lock = false;
-	InTransaction([&] { queue::ReleaseOrderingLock(session->stream); });
+	InTransaction([&] { queue::ReleaseOrderingLock(session->lock); });
 }
 
 /* Forget connection, batches on their way and the lock; the queue still has everything. */
@@ -146,7 +146,7 @@ TakeLock(Session *session)
 	if (session->shared->handover_requests > 0)
 		return false;
 	InTransaction(
-		[&] { session->holds_lock = queue::TakeOrderingLock(session->stream, true, false); });
+		[&] { session->holds_lock = queue::TakeOrderingLock(session->stream, true, false, &session->lock); });
 	return session->holds_lock;
 }
 

@@ -31,6 +31,7 @@ struct Session
 	int socket_event;
 	bool want_write;
 	bool holds_lock;
+	LOCKTAG lock; /* what releases it */
 
 	MemoryContext shipments_context;
 	Shipment lanes[kLanes]; /* oldest first */
