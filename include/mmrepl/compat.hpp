@@ -84,6 +84,17 @@ OwnsRelation(Oid relation, Oid role)
 #endif
 }
 
+/* Whether the role owns the database, or is superuser (16: object_ownercheck). */
+inline bool
+OwnsDatabase(Oid database, Oid role)
+{
+#if PG_VERSION_NUM >= 160000
+	return object_ownercheck(DatabaseRelationId, database, role);
+#else
+	return pg_database_ownercheck(database, role);
+#endif
+}
+
 /* ACL check of a foreign server's USAGE (16: object_aclcheck). */
 inline AclResult
 ServerUsage(Oid server, Oid role)

@@ -66,6 +66,30 @@ Ensured(Body body, Always always)
 	PG_END_TRY();
 }
 
+/* The before_shmem_exit callback of EnsuredAtExit(). */
+template <typename Always>
+void
+RunAtExit(int, Datum arg)
+{
+	(*(Always *) DatumGetPointer(arg))();
+}
+
+/*
+ * Ensured(), and always runs also when body ends the process (FATAL: the session
+ * was terminated while it waited).  For what shared memory must not keep.
+ */
+template <typename Body, typename Always>
+pg_noinline void
+EnsuredAtExit(Body body, Always always)
+{
+	PG_ENSURE_ERROR_CLEANUP(RunAtExit<Always>, PointerGetDatum(&always));
+	{
+		body();
+	}
+	PG_END_ENSURE_ERROR_CLEANUP(RunAtExit<Always>, PointerGetDatum(&always));
+	always();
+}
+
 /*
  * Run body; return NULL when it returned, else a copy of the error in the
  * memory context of the caller, with the error state cleared.

@@ -113,9 +113,20 @@ uint64 ResolvedBelow(const shmem::Stream &stream, int slot);
 /*
  * Up to `limit` of the stream's visible transactions with after < ticket <
  * before, lowest first, and all prepared ones (any ticket) below `before`'s
- * snapshot.  Result is palloc'd.  *complete tells that there were no more.
+ * snapshot.  refs are palloc'd.  `complete` tells that there were no more.
  */
-Ref *Collect(int32 stream, uint64 after, uint64 before, int limit, int *count, bool *complete);
+struct Collected
+{
+	Ref *refs;
+	int count;
+	bool complete;
+	bool late_beyond; /* a prepared one is visible at or above `before`: look again */
+};
+
+Collected Collect(int32 stream, uint64 after, uint64 before, int limit);
+
+/* The head row with this very ticket; false when there is none. */
+bool FindHead(int32 stream, uint64 ticket, Ref *ref);
 
 /* Receives segments one after the other; the bytes live during the call. */
 using SegmentSink = void (*)(void *arg, const char *data, uint32 length);
@@ -216,6 +227,9 @@ bool Reached(const shmem::Stream &stream, const Goal &goal);
 
 /* Wait until the goal is reached; false at the deadline. Interruptible. */
 bool WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline);
+/* New tickets are greater than this one (a peer has it from before a restore of ours). */
+void RaiseClock(uint64 ticket);
+
 /* The last ticket drawn for the stream. */
 uint64 LastTicket(const shmem::Stream &stream);
 

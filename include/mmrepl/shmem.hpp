@@ -44,8 +44,9 @@ enum class WorkerState : int
  */
 struct InFlight
 {
-	pg_atomic_uint64 ticket;  /* 0: none */
-	pg_atomic_uint64 streams; /* bit mask of stream slots */
+	pg_atomic_uint64 ticket;   /* 0: none */
+	pg_atomic_uint64 streams;  /* bit mask of stream slots it has ring entries in */
+	pg_atomic_uint32 everyone; /* 1: it may concern a stream that had no slot yet */
 };
 
 /* Cumulative counters of a stream; atomics, so that nobody locks to count. */
@@ -79,7 +80,6 @@ struct Stream
 	pg_atomic_uint64 confirmed;		 /* all committed work with ticket <= this is at the peer */
 	pg_atomic_uint32 late_confirmed; /* late work up to this LateWord::Ended() is there, too */
 	pg_atomic_uint64 ring_gap;		 /* tickets <= this may be missing in the ring */
-	pg_atomic_uint64 commit_lsn;	 /* end of the last commit record of captured work */
 
 	/* Ring: byte positions that only grow; modulo the ring's size is the place. */
 	pg_atomic_uint64 ring_head; /* moved by committers, under the clock spinlock */
@@ -153,6 +153,7 @@ struct State
 	uint64 last_ticket; /* hybrid logical clock: microseconds since the Unix epoch, or more */
 	uint64
 		registrations; /* bumped, under clock_mutex, whenever a stream's slot is taken or freed */
+	pg_atomic_uint64 commit_lsn;	 /* end of the last commit record of captured work */
 	pg_atomic_uint64 applied_ticket; /* highest ticket that apply() has seen */
 	Latch *launcher_latch;
 	int launcher_pid;
@@ -216,13 +217,21 @@ void UnregisterStream(int index, uint64 epoch);
 /* The database's block, taken if need be; raises when all are taken. */
 Database &DatabaseOf(Oid database);
 
+/* The same, but NULL when all are taken. */
+Database *FindDatabase(Oid database);
+
+/* Free the blocks of databases that are not in the list (of OIDs). */
+void ForgetDatabases(List *existing);
+
 /* Ask the launcher to look for new streams of this process's database; no error, no lock wait. */
 void RequestScout();
 void RequestScoutOf(Oid database);
 
 /* Wake processes; safe in any state, no error. */
 void WakeWorker(Stream &stream);
+void CallForAttention(Stream &stream); /* wake it and let it read its configuration */
 void WakeLauncher();
-void WakeWorkersOf(Oid database);
+void NudgeWorkersOf(Oid database); /* wake only */
+void WakeWorkersOf(Oid database);  /* and let them read their configuration and retry now */
 
 } // namespace mmrepl::shmem

@@ -98,6 +98,14 @@ SetDefault(Parameters *parameters, const char *keyword, const char *value)
 		Set(parameters, keyword, value);
 }
 
+bool
+OptionsSetApplicationName(const Parameters *parameters)
+{
+	const char *options = Find(parameters, "options");
+
+	return options != NULL && strstr(options, "application_name") != NULL;
+}
+
 /* Take over those options that libpq knows and that are not empty. */
 void
 AddOptions(Parameters *parameters, List *options)
@@ -136,7 +144,9 @@ NewParameters()
 void
 AddDefaults(Parameters *parameters)
 {
-	SetDefault(parameters, "fallback_application_name", "mmrepl_bgw");
+	/* The fallback would override an application_name in "options". */
+	if (!OptionsSetApplicationName(parameters))
+		SetDefault(parameters, "fallback_application_name", "mmrepl_bgw");
 	SetDefault(parameters, "keepalives_idle", "10");
 	SetDefault(parameters, "keepalives_interval", "5");
 	SetDefault(parameters, "keepalives_count", "3");

@@ -110,9 +110,10 @@ Waits(const Row &row, int32 stream, uint64 after)
 		   (row.ticket > after || (row.flags & kPrepared));
 }
 
-Ref *
-Collect(int32 stream, uint64 after, uint64 before, int limit, int *count, bool *complete)
+Collected
+Collect(int32 stream, uint64 after, uint64 before, int limit)
 {
+	Collected result = {};
 	Lowest lowest = {};
 
 	lowest.limit = limit;
@@ -120,14 +121,35 @@ Collect(int32 stream, uint64 after, uint64 before, int limit, int *count, bool *
 	lowest.refs = (Ref *) MemoryContextAllocHuge(CurrentMemoryContext, sizeof(Ref) * 2 * limit);
 	WithLatestSnapshot([&] {
 		ScanQueue([&](uint32 table, const Row &row, const ItemPointerData &tid) {
-			if (Waits(row, stream, after) && row.ticket < before)
+			if (!Waits(row, stream, after))
+				return;
+			if (row.ticket < before)
 				lowest.Add(RefOf(table, row, tid));
+			else if (row.flags & kPrepared)
+				result.late_beyond = true;
 		});
 	});
 	lowest.Cut();
-	*count = lowest.count;
-	*complete = !lowest.dropped;
-	return lowest.refs;
+	result.refs = lowest.refs;
+	result.count = lowest.count;
+	result.complete = !lowest.dropped;
+	return result;
+}
+
+bool
+FindHead(int32 stream, uint64 ticket, Ref *ref)
+{
+	bool found = false;
+
+	WithLatestSnapshot([&] {
+		ScanQueue([&](uint32 table, const Row &row, const ItemPointerData &tid) {
+			if (row.stream != stream || !(row.flags & kHead) || row.ticket != ticket)
+				return;
+			*ref = RefOf(table, row, tid);
+			found = true;
+		});
+	});
+	return found;
 }
 
 void
@@ -266,9 +288,16 @@ static void
 WithHead(const Ref &ref, Fn fn)
 {
 	Relation rel = table_open(catalog::GetRelations().queue[ref.table], AccessShareLock);
-	bool there = WithLatestSnapshot([&] { return FetchRow(rel, ref.tid, fn); });
+	bool same = false;
+	bool there = WithLatestSnapshot([&] {
+		return FetchRow(rel, ref.tid, [&](const Row &row) {
+			same = row.ticket == ref.ticket && row.xid == ref.xid && (row.flags & kHead);
+			if (same)
+				fn(row);
+		});
+	});
 
-	MmreplEnsure(there, "a head row of the queue vanished");
+	MmreplEnsure(there && same, "a head row of the queue vanished");
 	table_close(rel, AccessShareLock);
 }
 

@@ -101,13 +101,13 @@ PutStream(View *view)
 	}
 	while (!complete)
 	{
-		int count;
 		uint64 shown = first_round ? 0 : after;
-		Ref *refs =
-			Collect(view->stream->id, after, PG_UINT64_MAX, kRefsAtATime, &count, &complete);
+		Collected waiting = Collect(view->stream->id, after, PG_UINT64_MAX, kRefsAtATime);
+		Ref *refs = waiting.refs;
 
 		first_round = false;
-		for (int i = 0; i < count; i++)
+		complete = waiting.complete;
+		for (int i = 0; i < waiting.count; i++)
 		{
 			if (refs[i].ticket <= shown) /* a prepared one, listed again */
 				continue;
@@ -133,6 +133,9 @@ SqlQueuedChanges(FunctionCallInfo fcinfo)
 	view.result = (ReturnSetInfo *) fcinfo->resultinfo;
 	view.per_segment =
 		AllocSetContextCreate(CurrentMemoryContext, "mmrepl queue view", ALLOCSET_DEFAULT_SIZES);
+	/* Until the end of the transaction: what is listed must not be emptied meanwhile. */
+	for (Oid queue : catalog::GetRelations().queue)
+		LockRelationOid(queue, AccessShareLock);
 	foreach(cell, catalog::AllStreams())
 	{
 		view.stream = (const catalog::StreamRow *) lfirst(cell);

@@ -48,15 +48,12 @@ HighestConfirmed()
 static void
 RestoreClock(shmem::Database &database)
 {
-	shmem::State &state = shmem::Get();
 	uint32 table;
 	uint64 highest = HighestTicket(&table);
 
 	highest = Max(highest, HighestConfirmed());
 	pg_atomic_write_u32(&database.active_table, table);
-	SpinLockAcquire(&state.clock_mutex);
-	state.last_ticket = Max(state.last_ticket, highest);
-	SpinLockRelease(&state.clock_mutex);
+	RaiseClock(highest);
 	pg_write_barrier();
 	pg_atomic_write_u32(&database.ready, 1);
 }
@@ -68,8 +65,15 @@ EnsureReady()
 
 	if (likely(pg_atomic_read_u32(&database.ready)))
 		return;
-	/* Catalog look-ups first: the lock below keeps interrupts out. */
-	(void) catalog::GetRelations();
+	if (RecoveryInProgress())
+		ereport(ERROR,
+				(errcode(ERRCODE_READ_ONLY_SQL_TRANSACTION),
+				 errmsg("replication cannot be used on a standby"),
+				 errdetail("The primary delivers the queue; after promotion this server does.")));
+	/* Table locks first: nobody may wait for one while it holds the lock below. */
+	LockRelationOid(catalog::GetRelations().stream, AccessShareLock);
+	for (Oid queue : catalog::GetRelations().queue)
+		LockRelationOid(queue, AccessShareLock);
 	LWLockAcquire(shmem::Get().startup, LW_EXCLUSIVE);
 	if (!pg_atomic_read_u32(&database.ready))
 		RestoreClock(database);

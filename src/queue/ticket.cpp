@@ -118,27 +118,33 @@ FillEntry(const Outgoing *out)
 
 /* ---- drawing ---- */
 
-/* The bit mask of the parts' streams; all bits when one has no slot. */
+/* The bit mask of the parts' streams; *everyone: one of them has no slot. */
 static uint64
-MaskOf(Outgoing **parts, int n_parts)
+MaskOf(Outgoing **parts, int n_parts, bool *everyone)
 {
 	uint64 mask = 0;
 
+	*everyone = false;
 	for (int i = 0; i < n_parts; i++)
 	{
 		parts[i]->slot = SlotOf(parts[i]->stream);
-		mask |= parts[i]->slot < 0 ? PG_UINT64_MAX : UINT64CONST(1) << parts[i]->slot;
+		if (parts[i]->slot < 0)
+			*everyone = true;
+		else
+			mask |= UINT64CONST(1) << parts[i]->slot;
 	}
 	return mask;
 }
 
 /* One try; 0 when a stream's slot changed meanwhile. */
 static uint64
-TryDraw(Outgoing **parts, int n_parts, uint64 mask, uint64 xid, bool use_ring)
+TryDraw(Outgoing **parts, int n_parts, uint64 xid, bool use_ring)
 {
 	shmem::State &state = shmem::Get();
 	shmem::InFlight &mine = shmem::MySlot();
 	uint64 now = shmem::ClockNow();
+	bool everyone;
+	uint64 mask = MaskOf(parts, n_parts, &everyone);
 
 	SpinLockAcquire(&state.clock_mutex);
 	if (state.registrations != seen_registrations)
@@ -151,6 +157,7 @@ TryDraw(Outgoing **parts, int n_parts, uint64 mask, uint64 xid, bool use_ring)
 
 	state.last_ticket = ticket;
 	pg_atomic_write_u64(&mine.streams, mask);
+	pg_atomic_write_u32(&mine.everyone, everyone ? 1 : 0);
 	pg_atomic_write_u64(&mine.ticket, ticket);
 	for (int i = 0; i < n_parts; i++)
 	{
@@ -177,9 +184,7 @@ DrawTicket(Outgoing **parts, int n_parts, bool use_ring)
 
 	do
 	{
-		uint64 mask = MaskOf(parts, n_parts);
-
-		ticket = TryDraw(parts, n_parts, mask, xid, use_ring);
+		ticket = TryDraw(parts, n_parts, xid, use_ring);
 	} while (ticket == 0);
 	return ticket;
 }
@@ -210,6 +215,8 @@ CountQueued(shmem::Stream &stream, const Outgoing *out, uint64 ticket)
 void
 Settle(Outgoing *out, uint64 ticket, Fate fate)
 {
+	if (fate == Fate::Committed || fate == Fate::Delivered)
+		AtomicMax(&shmem::Get().commit_lsn, XactLastCommitEnd);
 	if (out->slot < 0)
 		return;
 	shmem::Stream &stream = shmem::Get().streams[out->slot];
@@ -217,8 +224,6 @@ Settle(Outgoing *out, uint64 ticket, Fate fate)
 					   : fate == Fate::Delivered ? EntryState::Delivered
 												 : EntryState::Aborted;
 
-	if (fate == Fate::Committed || fate == Fate::Delivered)
-		AtomicMax(&stream.commit_lsn, XactLastCommitEnd);
 	if (fate == Fate::Committed)
 		CountQueued(stream, out, ticket);
 	if (out->entry != 0)
@@ -240,7 +245,10 @@ SettleTicket(Outgoing **parts, int n_parts)
 		if (parts[i]->slot >= 0)
 			shmem::WakeWorker(state.streams[parts[i]->slot]);
 		else
+		{
 			shmem::RequestScout();
+			shmem::NudgeWorkersOf(MyDatabaseId); /* one may have come meanwhile */
+		}
 	}
 }
 
@@ -258,12 +266,23 @@ ResolvedBelow(const shmem::Stream &, int slot)
 		shmem::InFlight &each = shmem::SlotOf(i);
 		uint64 ticket = pg_atomic_read_u64(&each.ticket);
 
-		if (ticket != 0 && ticket < low && (pg_atomic_read_u64(&each.streams) & bit))
+		if (ticket != 0 && ticket < low &&
+			((pg_atomic_read_u64(&each.streams) & bit) || pg_atomic_read_u32(&each.everyone)))
 			low = ticket;
 	}
 	SpinLockRelease(&state.clock_mutex);
 	pg_memory_barrier();
 	return low;
+}
+
+void
+RaiseClock(uint64 ticket)
+{
+	shmem::State &state = shmem::Get();
+
+	SpinLockAcquire(&state.clock_mutex);
+	state.last_ticket = Max(state.last_ticket, ticket);
+	SpinLockRelease(&state.clock_mutex);
 }
 
 uint64

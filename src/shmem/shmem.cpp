@@ -187,22 +187,45 @@ FindStream(Oid database, int32 id)
 	return index;
 }
 
-/*
- * Give a free slot to a stream.  Tickets drawn before this moment may not be in
- * its ring: they are in the gap, and the tables have them.
- */
-static void
-ActivateStream(Stream *stream, uint64 confirmed)
+/* Whether a transaction on its way has entries in the slot's ring; clock spinlock held. */
+static bool
+HasEntriesOnTheWay(int index)
 {
+	for (int i = 0; i < state->n_slots; i++)
+		if (pg_atomic_read_u64(&slots[i].ticket) != 0 &&
+			(pg_atomic_read_u64(&slots[i].streams) & (UINT64CONST(1) << index)))
+			return true;
+	return false;
+}
+
+/*
+ * Give a free slot to a stream; false when a transaction still uses its ring.
+ * Tickets drawn before this moment may not be in the ring: they are in the gap,
+ * and the tables have them.  Those in flight may concern this stream without
+ * saying so.
+ */
+static bool
+ActivateStream(int index, uint64 confirmed)
+{
+	Stream *stream = &state->streams[index];
+
 	pg_atomic_write_u64(&stream->confirmed, confirmed);
 	pg_atomic_write_u64(&stream->ring_head, 0);
 	pg_atomic_write_u64(&stream->ring_tail, 0);
 	SpinLockAcquire(&state->clock_mutex);
-	pg_atomic_write_u64(&stream->ring_gap, state->last_ticket);
-	stream->last_ticket = state->last_ticket;
-	stream->in_use = true;
-	stream->epoch = ++state->registrations;
+	bool quiet = !HasEntriesOnTheWay(index);
+
+	if (quiet)
+	{
+		for (int i = 0; i < state->n_slots; i++)
+			pg_atomic_write_u32(&slots[i].everyone, 1);
+		pg_atomic_write_u64(&stream->ring_gap, state->last_ticket);
+		stream->last_ticket = state->last_ticket;
+		stream->in_use = true;
+		stream->epoch = ++state->registrations;
+	}
 	SpinLockRelease(&state->clock_mutex);
+	return quiet;
 }
 
 /* Free a slot; its worker, if there is one, ends. */
@@ -246,8 +269,8 @@ RegisterStream(Oid database, int32 id, Oid server, Oid owner, uint64 confirmed, 
 		stream->paused = paused;
 		stream->state = paused ? WorkerState::Paused : WorkerState::Starting;
 		pg_atomic_write_u64(&stream->counters.reset_at, (uint64) GetCurrentTimestamp());
-		ActivateStream(stream, confirmed);
-		index = i;
+		if (ActivateStream(i, confirmed))
+			index = i;
 	}
 	LWLockRelease(state->registry);
 	return index;
@@ -262,9 +285,11 @@ UnregisterStream(int index, uint64 epoch)
 	LWLockRelease(state->registry);
 }
 
-/* This process's database block, found once. */
+static Database *mine; /* this process's block, found once */
+
+/* The database's block, taken if there is a free one; the registry lock is held. */
 static Database *
-FindDatabase(Oid database, bool take)
+TakeDatabase(Oid database)
 {
 	Database *free_one = NULL;
 
@@ -275,35 +300,49 @@ FindDatabase(Oid database, bool take)
 		if (!OidIsValid(each.oid) && free_one == NULL)
 			free_one = &each;
 	}
-	if (take && free_one != NULL)
-	{
-		pg_atomic_write_u32(&free_one->ready, 0);
-		pg_atomic_write_u32(&free_one->active_table, 0);
-		pg_atomic_write_u64(&free_one->late, 0);
-		pg_atomic_write_u32(&free_one->scout_wanted, 0);
-		pg_write_barrier();
-		free_one->oid = database;
-		return free_one;
-	}
-	return NULL;
+	if (free_one == NULL)
+		return NULL;
+	pg_atomic_write_u32(&free_one->ready, 0);
+	pg_atomic_write_u32(&free_one->active_table, 0);
+	pg_atomic_write_u64(&free_one->late, 0);
+	pg_atomic_write_u32(&free_one->scout_wanted, 0);
+	pg_write_barrier();
+	free_one->oid = database;
+	return free_one;
 }
 
-static Database *mine;
+Database *
+FindDatabase(Oid database)
+{
+	if (mine != NULL && mine->oid == database)
+		return mine;
+	LWLockAcquire(state->registry, LW_EXCLUSIVE);
+	mine = TakeDatabase(database);
+	LWLockRelease(state->registry);
+	return mine;
+}
 
 Database &
 DatabaseOf(Oid database)
 {
-	if (mine != NULL && mine->oid == database)
-		return *mine;
-	LWLockAcquire(state->registry, LW_EXCLUSIVE);
-	mine = FindDatabase(database, true);
-	LWLockRelease(state->registry);
-	if (mine == NULL)
+	Database *block = FindDatabase(database);
+
+	if (block == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
 				 errmsg("mmrepl_bgw is in use in too many databases of this cluster"),
 				 errdetail("At most %d databases can hold replicated tables.", kMaxDatabases)));
-	return *mine;
+	return *block;
+}
+
+void
+ForgetDatabases(List *existing)
+{
+	LWLockAcquire(state->registry, LW_EXCLUSIVE);
+	for (Database &each : state->databases)
+		if (OidIsValid(each.oid) && !list_member_oid(existing, each.oid))
+			each.oid = InvalidOid;
+	LWLockRelease(state->registry);
 }
 
 void
@@ -314,6 +353,15 @@ WakeWorker(Stream &stream)
 	SpinLockRelease(&stream.mutex);
 	if (latch != NULL)
 		SetLatch(latch);
+}
+
+void
+CallForAttention(Stream &stream)
+{
+	SpinLockAcquire(&stream.mutex);
+	stream.attention++;
+	SpinLockRelease(&stream.mutex);
+	WakeWorker(stream);
 }
 
 void
@@ -340,6 +388,14 @@ WakeLauncher()
 
 	if (latch != NULL)
 		SetLatch(latch);
+}
+
+void
+NudgeWorkersOf(Oid database)
+{
+	for (int i = 0; i < guc::max_servers; i++)
+		if (state->streams[i].in_use && state->streams[i].database == database)
+			WakeWorker(state->streams[i]);
 }
 
 void

@@ -30,7 +30,7 @@ static ProcessUtility_hook_type previous_process_utility;
 static void
 FinishInline(bool prepare)
 {
-	FlushPending(GetCurrentTransactionNestLevel());
+	FlushPending();
 	for (Work *work = current.works; work != NULL; work = work->next)
 	{
 		if (work->inlined == NULL || !work->inlined->begun)
@@ -148,7 +148,7 @@ WakeOthers(bool committed)
 {
 	for (int slot = 0; current.wake_streams != 0; slot++, current.wake_streams >>= 1)
 		if (current.wake_streams & 1)
-			shmem::WakeWorker(shmem::Get().streams[slot]);
+			shmem::CallForAttention(shmem::Get().streams[slot]);
 	if (!committed || !shmem::Ready())
 		return;
 	if (current.wake_launcher)
@@ -202,7 +202,6 @@ OnXactEvent(XactEvent event, void *)
 static void
 BeforeSubCommit(int level)
 {
-	FlushPending(level);
 	for (Work *work = current.works; work != NULL; work = work->next)
 		if (work->inlined != NULL)
 			sync::SubCommit(work->inlined, level);
@@ -218,13 +217,16 @@ OnSubCommit(int level)
 static void
 OnSubAbort(int level)
 {
+	bool pending = false;
+
 	for (Work *work = current.works; work != NULL; work = work->next)
 	{
 		if (work->inlined != NULL)
 			sync::SubAbort(work->inlined, level);
 		UndoTo(work, level);
+		pending |= work->unsent > 0;
 	}
-	current.pending_sync = false;
+	current.pending_sync = pending;
 }
 
 static void
@@ -238,10 +240,6 @@ OnSubXactEvent(SubXactEvent event, SubTransactionId, SubTransactionId, void *)
 		return;
 	switch (event)
 	{
-		case SUBXACT_EVENT_START_SUB:
-			/* The parent's rows must not travel inside the child's savepoint. */
-			FlushPending(level - 1);
-			break;
 		case SUBXACT_EVENT_PRE_COMMIT_SUB:
 			BeforeSubCommit(level);
 			break;
@@ -250,6 +248,8 @@ OnSubXactEvent(SubXactEvent event, SubTransactionId, SubTransactionId, void *)
 			break;
 		case SUBXACT_EVENT_ABORT_SUB:
 			OnSubAbort(level);
+			break;
+		default: /* START_SUB: nothing that may raise */
 			break;
 	}
 }
@@ -261,7 +261,7 @@ static void
 AfterStatement()
 {
 	if (current.pending_sync && guc::sync_flush == guc::Flush::Statement && IsTransactionState())
-		FlushPending(GetCurrentTransactionNestLevel());
+		FlushPending();
 }
 
 static void
@@ -313,12 +313,14 @@ OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
 		RunUtility(statement, text, read_only, context, params, environment, dest, completion);
 	};
 
-	if (shmem::Ready() && IsCommitPrepared(statement))
-	{
-		shmem::Database &database = shmem::DatabaseOf(MyDatabaseId);
+	shmem::Database *database = NULL;
 
-		pg_atomic_fetch_add_u64(&database.late, (int64) shmem::LateWord::kBegin);
-		Ensured(run, [&] { EndLateCommit(database); });
+	if (shmem::Ready() && IsCommitPrepared(statement))
+		database = shmem::FindDatabase(MyDatabaseId);
+	if (database != NULL)
+	{
+		pg_atomic_fetch_add_u64(&database->late, (int64) shmem::LateWord::kBegin);
+		EnsuredAtExit(run, [&] { EndLateCommit(*database); });
 		return;
 	}
 	run();

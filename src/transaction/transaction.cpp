@@ -97,9 +97,12 @@ PushMark(Work *work, int level)
 	mark->changes = work->changes;
 	if (work->last != NULL)
 	{
+		/* What is sent inline is sent at its own level: the child starts a segment. */
+		mark->closed = work->last->closed;
+		if (work->sync)
+			work->last->closed = true;
 		mark->length = work->last->length;
 		mark->segment_changes = work->last->changes;
-		mark->closed = work->last->closed;
 	}
 	work->marks = mark;
 }
@@ -141,6 +144,17 @@ FreeSegments(change::Segment *segment)
 	}
 }
 
+static int64
+CountUnsent(const Work *work)
+{
+	int64 count = 0;
+
+	for (const change::Segment *segment = work->first; segment != NULL; segment = segment->next)
+		if (!segment->sent)
+			count += segment->changes;
+	return count;
+}
+
 /* All sync changes of the work are undone: what is left was captured as async. */
 static void
 TurnAsync(Work *work)
@@ -167,18 +181,18 @@ UndoTo(Work *work, int level)
 		if (last != NULL)
 		{
 			last->next = NULL;
-			last->closed = mark->closed;
+			last->closed = mark->closed || last->sent;
 			change::TruncateSegment(last, mark->length, mark->segment_changes);
 		}
 		else
 			work->first = NULL;
 		work->changes = mark->changes;
-		work->unsent = 0;
 		work->marks = mark->outer;
 		pfree(mark);
 	}
 	if (work->sync && work->sync_level >= level)
 		TurnAsync(work);
+	work->unsent = work->sync ? CountUnsent(work) : 0;
 }
 
 /* The subtransaction of this level ended well: its part is its parent's now. */
@@ -334,12 +348,60 @@ CountSyncFailure(Work *work)
 		pg_atomic_fetch_add_u64(&shmem::Get().streams[slot].counters.sync_failures, 1);
 }
 
+/* Send what is unsent up to and including `last`, captured at this nest level. */
+static bool
+FlushTo(Work *work, change::Segment *last, int level, connection::Failure *failure)
+{
+	uint64 xid = U64FromFullTransactionId(GetTopFullTransactionId());
+	change::Segment *unsent = FirstUnsent(work);
+	bool done = false;
+
+	if (last == NULL || unsent == NULL || unsent->seq > last->seq)
+		return true;
+	change::Segment *rest = last->next;
+
+	last->closed = true;
+	last->next = NULL; /* the flush takes the list as far as it goes */
+	Ensured([&] { done = sync::Flush(work->inlined, unsent, work->unsent, xid, level, failure); },
+			[&] { last->next = rest; });
+	return done;
+}
+
+/* What was captured before the mark, each part at the level of its own subtransaction. */
+static bool
+FlushBefore(Work *work, const Mark *mark, connection::Failure *failure)
+{
+	if (mark == NULL)
+		return true;
+	return FlushBefore(work, mark->outer, failure) &&
+		   FlushTo(work, mark->segment, mark->outer != NULL ? mark->outer->level : 1, failure);
+}
+
+/*
+ * From now on the transaction holds locks at the peer.  A wait here for somebody
+ * who waits there is seen by neither node's deadlock detector, so local lock
+ * waits get the same bound as remote ones, unless the user has set a lower one.
+ */
+static void
+BoundLocalWaits(const Work *work)
+{
+	const connection::Notes *notes = connection::NotesOf(work->inlined->conn);
+	char value[16];
+
+	if (notes == NULL || notes->lock_timeout <= 0 ||
+		(LockTimeout > 0 && LockTimeout <= notes->lock_timeout))
+		return;
+	snprintf(value, sizeof(value), "%d", notes->lock_timeout);
+	(void) set_config_option("lock_timeout", value, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_LOCAL,
+							 true, 0, false);
+}
+
 /* Hand the work's unsent segments to the peer and wait for its answer. */
 static void
-FlushWork(Work *work, int nest_level)
+FlushWork(Work *work)
 {
 	connection::Failure failure = {};
-	uint64 xid = U64FromFullTransactionId(GetTopFullTransactionId());
+	bool done = false;
 
 	if (!work->sync || work->unsent == 0)
 		return;
@@ -348,20 +410,17 @@ FlushWork(Work *work, int nest_level)
 			return sync::Start(work->route.stream, work->route.server, work->route.owner,
 							   work->route.server_name);
 		});
-	work->last->closed = true;
-
-	bool done = false;
-
 	Guarded(
 		[&] {
 			done =
-				PassFence(work, &failure) && sync::Flush(work->inlined, FirstUnsent(work),
-														 work->unsent, xid, nest_level, &failure);
+				PassFence(work, &failure) && FlushBefore(work, work->marks, &failure) &&
+				FlushTo(work, work->last, work->marks != NULL ? work->marks->level : 1, &failure);
 		},
 		[&] { CountSyncFailure(work); });
 	if (done)
 	{
 		work->unsent = 0;
+		BoundLocalWaits(work);
 		return;
 	}
 	CountSyncFailure(work);
@@ -371,13 +430,13 @@ FlushWork(Work *work, int nest_level)
 }
 
 void
-FlushPending(int nest_level)
+FlushPending()
 {
 	if (!current.pending_sync)
 		return;
 	current.pending_sync = false;
 	for (Work *work = current.works; work != NULL; work = work->next)
-		FlushWork(work, nest_level);
+		FlushWork(work);
 }
 
 /* ---- accounting ---- */
@@ -399,7 +458,7 @@ Appended(Work *work, change::Segment *segment)
 	}
 	if (change::HasRoom(segment) || !OverBudget())
 		return;
-	FlushWork(work, GetCurrentTransactionNestLevel());
+	FlushWork(work);
 	SpillWork(work);
 }
 

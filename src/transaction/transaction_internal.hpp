@@ -67,7 +67,7 @@ struct Current
 extern Current current;
 
 /* Send what a statement left behind; see sync_flush. */
-void FlushPending(int nest_level);
+void FlushPending();
 
 /* Undo and merge of subtransactions. */
 void UndoTo(Work *work, int level);

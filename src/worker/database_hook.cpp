@@ -14,38 +14,74 @@ namespace mmrepl::worker
 
 static ProcessUtility_hook_type previous_process_utility;
 
-/* The database that the statement needs for itself, or InvalidOid. */
+static bool
+HasOption(List *options, const char *name)
+{
+	ListCell *cell;
+
+	foreach(cell, options)
+		if (strcmp(((DefElem *) lfirst(cell))->defname, name) == 0)
+			return true;
+	return false;
+}
+
+/* The template that CREATE DATABASE names, or NULL. */
+static const char *
+TemplateOf(const CreatedbStmt *statement)
+{
+	ListCell *cell;
+
+	foreach(cell, statement->options)
+	{
+		DefElem *option = (DefElem *) lfirst(cell);
+
+		if (strcmp(option->defname, "template") == 0 && option->arg != NULL)
+			return defGetString(option);
+	}
+	return NULL;
+}
+
+/* Anybody who may create databases may copy one that is marked as a template. */
+static bool
+IsTemplate(Oid database)
+{
+	HeapTuple tuple = SearchSysCache1(DATABASEOID, ObjectIdGetDatum(database));
+	bool result = HeapTupleIsValid(tuple) && ((Form_pg_database) GETSTRUCT(tuple))->datistemplate;
+
+	if (HeapTupleIsValid(tuple))
+		ReleaseSysCache(tuple);
+	return result;
+}
+
+/*
+ * The database that the statement needs for itself, or InvalidOid; also when the
+ * user may not do that to it: then nothing happens to its workers.
+ */
 static Oid
 DatabaseNeeded(Node *statement)
 {
 	const char *name = NULL;
-	ListCell *cell;
+	bool copies = IsA(statement, CreatedbStmt);
 
-	switch (nodeTag(statement))
-	{
-		case T_DropdbStmt:
-			name = ((DropdbStmt *) statement)->dbname;
-			break;
-		case T_AlterDatabaseStmt: /* SET TABLESPACE */
-			name = ((AlterDatabaseStmt *) statement)->dbname;
-			break;
-		case T_RenameStmt:
-			if (((RenameStmt *) statement)->renameType == OBJECT_DATABASE)
-				name = ((RenameStmt *) statement)->subname;
-			break;
-		case T_CreatedbStmt:
-			foreach(cell, ((CreatedbStmt *) statement)->options)
-			{
-				DefElem *option = (DefElem *) lfirst(cell);
+	if (copies)
+		name = TemplateOf((CreatedbStmt *) statement);
+	else if (IsA(statement, DropdbStmt))
+		name = ((DropdbStmt *) statement)->dbname;
+	else if (IsA(statement, AlterDatabaseStmt))
+		name = HasOption(((AlterDatabaseStmt *) statement)->options, "tablespace")
+				   ? ((AlterDatabaseStmt *) statement)->dbname
+				   : NULL;
+	else if (IsA(statement, RenameStmt) &&
+			 ((RenameStmt *) statement)->renameType == OBJECT_DATABASE)
+		name = ((RenameStmt *) statement)->subname;
+	if (name == NULL)
+		return InvalidOid;
+	Oid database = get_database_oid(name, true);
 
-				if (strcmp(option->defname, "template") == 0 && option->arg != NULL)
-					name = defGetString(option);
-			}
-			break;
-		default:
-			break;
-	}
-	return name != NULL ? get_database_oid(name, true) : InvalidOid;
+	if (!OidIsValid(database) ||
+		!(OwnsDatabase(database, GetUserId()) || (copies && IsTemplate(database))))
+		return InvalidOid;
+	return database;
 }
 
 /* End the database's stream workers; returns whether there were streams. */
@@ -106,7 +142,7 @@ OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
 			transaction::WakeWorkersAtCommit();
 		return;
 	}
-	Ensured(run, [&] { shmem::RequestScoutOf(database); });
+	EnsuredAtExit(run, [&] { shmem::RequestScoutOf(database); });
 }
 
 void

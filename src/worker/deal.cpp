@@ -16,12 +16,10 @@ namespace mmrepl::worker
 static uint64
 OldestOf(const catalog::StreamRow *row, int slot)
 {
-	int count;
-	bool complete;
 	uint64 after = pg_atomic_read_u64(&shmem::Get().streams[slot].confirmed);
-	queue::Ref *refs = queue::Collect(row->id, after, PG_UINT64_MAX, 1, &count, &complete);
+	queue::Collected waiting = queue::Collect(row->id, after, PG_UINT64_MAX, 1);
 
-	return count == 0 ? 0 : refs[0].ticket;
+	return waiting.count == 0 ? 0 : waiting.refs[0].ticket;
 }
 
 /* The caller's stream that has waited longest; NULL: nothing waits. */
@@ -90,7 +88,6 @@ DrainOver(PGconn *conn, const char *server, Feed *feed, int64 limit)
 										  connection::DeadlineIn(guc::connect_timeout));
 	Budget budget = {(int64) guc::batch_size * 1024, guc::batch_transactions, limit};
 
-	XLogFlush(pg_atomic_read_u64(&feed->shared->commit_lsn));
 	ResetFeed(feed, peer.watermark);
 	while (budget.changes > 0)
 	{
@@ -103,6 +100,7 @@ DrainOver(PGconn *conn, const char *server, Feed *feed, int64 limit)
 			EndShipment(&shipment);
 			break;
 		}
+		XLogFlush(pg_atomic_read_u64(&shmem::Get().commit_lsn));
 		Deliver(conn, server, feed, &shipment);
 		budget.changes -= Max(shipment.changes, 1);
 		EndShipment(&shipment);

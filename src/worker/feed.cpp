@@ -24,9 +24,9 @@ StartFeed(Feed *feed, int32 stream, int slot, bool tables_only)
 	feed->shared = &shmem::Get().streams[slot];
 	feed->database = &shmem::DatabaseOf(MyDatabaseId);
 	feed->tables_only = tables_only;
+	InTransaction([&] { feed->node = catalog::NodeId(); });
 	feed->context =
 		AllocSetContextCreate(CurrentMemoryContext, "mmrepl feed", ALLOCSET_DEFAULT_SIZES);
-	InTransaction([&] { feed->node = catalog::NodeId(); });
 }
 
 void
@@ -39,8 +39,7 @@ FreeFeed(Feed *feed)
 static void
 DropRefs(Feed *feed)
 {
-	if (feed->refs != NULL)
-		pfree(feed->refs);
+	MemoryContextReset(feed->context);
 	feed->refs = NULL;
 	feed->n_refs = feed->next_ref = 0;
 }
@@ -52,6 +51,8 @@ ResetFeed(Feed *feed, uint64 watermark)
 	feed->position = Max(pg_atomic_read_u64(&feed->shared->confirmed), watermark);
 	feed->watermark = watermark;
 	feed->from_tables = true;
+	feed->late_unremoved = 0;
+	feed->late_open = false;
 }
 
 /* ---- shipments ---- */
@@ -202,6 +203,7 @@ void
 CloseBatch(Feed *feed, Shipment *shipment)
 {
 	shipment->confirm_to = feed->position;
+	shipment->late_to = feed->late_reached;
 	if (!shipment->large)
 	{
 		InContext(shipment->context, [&] { delivery::Finish(&shipment->batch, feed->position); });
@@ -286,7 +288,7 @@ LateWork(const Feed *feed)
 {
 	shmem::LateWord late = queue::ReadLate(*feed->database);
 
-	return late.UnderWay() || late.Ended() != feed->late_seen;
+	return feed->late_open || late.UnderWay() || late.Ended() != feed->late_seen;
 }
 
 /* ---- from the tables ---- */
@@ -309,15 +311,20 @@ ReadTables(Feed *feed)
 	feed->refs_below = queue::ResolvedBelow(*feed->shared, feed->slot);
 	InTransaction([&] {
 		InContext(feed->context, [&] {
-			feed->refs = queue::Collect(feed->stream, feed->position, feed->refs_below,
-										kRefsAtATime, &feed->n_refs, &feed->refs_complete);
+			queue::Collected waiting =
+				queue::Collect(feed->stream, feed->position, feed->refs_below, kRefsAtATime);
+
+			feed->refs = waiting.refs;
+			feed->n_refs = waiting.count;
+			feed->refs_complete = waiting.complete;
+			feed->late_open = waiting.late_beyond;
 		});
 	});
 	feed->next_ref = 0;
 }
 
 static void
-NoteLate(Shipment *shipment, const queue::Ref &ref)
+NoteLate(Feed *feed, Shipment *shipment, const queue::Ref &ref)
 {
 	if (!(ref.flags & queue::kPrepared))
 		return;
@@ -327,6 +334,7 @@ NoteLate(Shipment *shipment, const queue::Ref &ref)
 		*copy = ref;
 		shipment->late = lappend(shipment->late, copy);
 	});
+	feed->late_unremoved++;
 }
 
 /* Put one waiting transaction into the shipment; false: it has to wait for the next. */
@@ -346,7 +354,7 @@ TakeRef(Feed *feed, Shipment *shipment, const queue::Ref &ref, const Budget &bud
 								 ref.changes);
 		queue::ReadSegments(ref, feed->stream, AddSegment, &shipment->batch);
 	}
-	NoteLate(shipment, ref);
+	NoteLate(feed, shipment, ref);
 	Count(feed, shipment, ref.ticket, ref.flags, ref.changes, ref.bytes);
 	return true;
 }
@@ -371,6 +379,8 @@ EndOfRefs(Feed *feed)
 {
 	if (feed->refs_complete)
 		feed->position = Max(feed->position, feed->refs_below - 1);
+	if (feed->refs_complete && !feed->late_open)
+		feed->late_reached = feed->late_seen;
 	DropRefs(feed);
 	TrimRing(feed);
 	feed->from_tables =
@@ -417,6 +427,7 @@ static bool
 Fill(Feed *feed, Shipment *shipment, const Budget &budget)
 {
 	uint64 start = feed->position;
+	uint32 late_start = feed->late_reached;
 	bool tables = feed->from_tables || LateWork(feed);
 	bool again = false;
 
@@ -432,6 +443,7 @@ Fill(Feed *feed, Shipment *shipment, const Budget &budget)
 	{
 		DropRefs(feed);
 		Rewind(feed, shipment, start);
+		feed->late_reached = late_start;
 		return false;
 	}
 	return again || (!tables && feed->from_tables);
@@ -499,8 +511,7 @@ ConfirmPassed(Feed *feed)
 			feed->position = Max(feed->position, below - 1);
 	}
 	queue::Confirm(*feed->shared, feed->position);
-	if (feed->refs == NULL)
-		queue::ConfirmLate(*feed->shared, feed->late_seen);
+	queue::ConfirmLate(*feed->shared, feed->late_reached);
 	if (!feed->from_tables)
 		ReconcileBacklog(feed);
 }

@@ -12,7 +12,7 @@ constexpr uint64 kSweepEvery = 1000; /* inline transactions */
 /* ---- after delivery ---- */
 
 static void
-RemoveLate(Shipment *shipment)
+RemoveLate(Feed *feed, Shipment *shipment)
 {
 	ListCell *cell;
 
@@ -22,6 +22,7 @@ RemoveLate(Shipment *shipment)
 		foreach(cell, shipment->late)
 			(void) queue::RemoveHead(*(const queue::Ref *) lfirst(cell));
 	});
+	feed->late_unremoved -= list_length(shipment->late);
 }
 
 static void
@@ -56,9 +57,10 @@ Applied(Feed *feed, Shipment *shipment)
 	shmem::Stream &stream = *feed->shared;
 	shmem::Counters &counters = stream.counters;
 
-	RemoveLate(shipment);
+	RemoveLate(feed, shipment);
 	queue::Discount(stream, shipment->transactions, shipment->changes, shipment->bytes);
 	queue::Confirm(stream, shipment->confirm_to);
+	queue::ConfirmLate(stream, shipment->late_to);
 	pg_atomic_fetch_add_u64(&counters.transactions_applied, shipment->transactions);
 	pg_atomic_fetch_add_u64(&counters.changes_applied, shipment->changes);
 	pg_atomic_fetch_add_u64(&counters.batches, 1);
@@ -92,7 +94,7 @@ SweepShipment(Feed *feed, Shipment *shipment)
 {
 	if (feed->sweep_xid == 0 && feed->inline_passed >= kSweepEvery)
 		ChooseSweep(feed);
-	if (feed->sweep_xid == 0 || LateWork(feed) ||
+	if (feed->sweep_xid == 0 || LateWork(feed) || feed->late_unremoved > 0 ||
 		pg_atomic_read_u64(&feed->shared->confirmed) < feed->sweep_after)
 		return false;
 	shipment->sweep_xid = feed->sweep_xid;

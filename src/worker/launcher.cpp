@@ -29,7 +29,8 @@ struct Ward
 };
 
 static Ward wards[shmem::kMaxStreams];
-static List *scouted; /* OIDs of databases */
+static List *scouted;  /* OIDs of databases */
+static List *to_scout; /* those that wait for their first look */
 static TimestampTz next_scan;
 static bool slots_exhausted;
 
@@ -83,25 +84,46 @@ StartProcess(BackgroundWorker *worker)
 
 /* ---- scouting ---- */
 
-/* Look into one database and wait until that is done; false: try again later. */
+/* The scout that is out, one at a time; it may be held up without holding us up. */
+static struct
+{
+	BackgroundWorkerHandle *handle; /* NULL: none */
+	Oid database;
+	TimestampTz retry_at; /* no slot was free: not before this */
+} scout;
+
 static bool
-Scout(Oid database)
+ScoutIsOut()
+{
+	pid_t pid;
+
+	if (scout.handle == NULL)
+		return false;
+	if (GetBackgroundWorkerPid(scout.handle, &pid) != BGWH_STOPPED)
+		return true;
+	pfree(scout.handle);
+	scout.handle = NULL;
+	return false;
+}
+
+/* Send a scout into the database; false: no slot is free. */
+static bool
+SendScout(Oid database)
 {
 	BackgroundWorker worker;
 
 	DescribeWorker(&worker, "mmrepl_scout_main", "mmrepl scout");
 	worker.bgw_main_arg = ObjectIdGetDatum(database);
-	BackgroundWorkerHandle *handle = StartProcess(&worker);
-
-	if (handle == NULL)
-		return false;
-	(void) WaitForBackgroundWorkerShutdown(handle);
-	pfree(handle);
-	return true;
+	scout.handle = StartProcess(&worker);
+	scout.database = database;
+	if (scout.handle == NULL)
+		scout.retry_at = GetCurrentTimestamp() + kMinRestart * 10;
+	return scout.handle != NULL;
 }
 
+/* All databases; those that take connections also into *connectable. */
 static List *
-ConnectableDatabases()
+Databases(List **connectable)
 {
 	List *result = NIL;
 	MemoryContext context = CurrentMemoryContext;
@@ -115,8 +137,11 @@ ConnectableDatabases()
 		{
 			Form_pg_database form = (Form_pg_database) GETSTRUCT(tuple);
 
-			if (form->datallowconn)
-				InContext(context, [&] { result = lappend_oid(result, form->oid); });
+			InContext(context, [&] {
+				result = lappend_oid(result, form->oid);
+				if (form->datallowconn)
+					*connectable = lappend_oid(*connectable, form->oid);
+			});
 		}
 		table_endscan(scan);
 		table_close(rel, AccessShareLock);
@@ -124,54 +149,65 @@ ConnectableDatabases()
 	return result;
 }
 
-/* Databases that were not there at the last look. */
+/* Look for databases that have come or gone since the last look. */
 static void
-ScoutNewDatabases()
+LookAtDatabases()
 {
-	List *databases = ConnectableDatabases();
-	bool all = true;
+	List *connectable = NIL;
+	List *existing = Databases(&connectable);
 	ListCell *cell;
 
-	foreach(cell, databases)
-	{
-		Oid database = lfirst_oid(cell);
-
-		if (list_member_oid(scouted, database))
-			continue;
-		if (Scout(database))
-			InContext(TopMemoryContext, [&] { scouted = lappend_oid(scouted, database); });
-		else
-			all = false;
-	}
-	next_scan = GetCurrentTimestamp() + (all ? kScanEvery : kMinRestart * 10);
+	shmem::ForgetDatabases(existing);
+	InContext(TopMemoryContext, [&] {
+		foreach(cell, connectable)
+			if (!list_member_oid(scouted, lfirst_oid(cell)))
+				to_scout = list_append_unique_oid(to_scout, lfirst_oid(cell));
+	});
+	next_scan = GetCurrentTimestamp() + kScanEvery;
 }
 
-/*
- * Databases whose sessions asked for a look; false when there was none.  A scout
- * is waited for with our latch, so a request may have come unnoticed meanwhile:
- * ask again until there is none.
- */
-static bool
-ScoutOnRequest()
+/* A database whose sessions asked for a look goes first. */
+static Oid
+RequestedDatabase()
 {
-	bool any = false;
-
 	for (shmem::Database &database : shmem::Get().databases)
 	{
 		uint32 wanted = 1;
 
-		if (!OidIsValid(database.oid) ||
-			!pg_atomic_compare_exchange_u32(&database.scout_wanted, &wanted, 0))
-			continue;
-		if (Scout(database.oid))
-			any = true;
-		else
-		{
-			pg_atomic_write_u32(&database.scout_wanted, 1);
-			next_scan = Min(next_scan, GetCurrentTimestamp() + kMinRestart * 10);
-		}
+		if (OidIsValid(database.oid) &&
+			pg_atomic_compare_exchange_u32(&database.scout_wanted, &wanted, 0))
+			return database.oid;
 	}
-	return any;
+	return InvalidOid;
+}
+
+/* If no scout is out and one is wanted, send it; returns when to try again (0: at an event). */
+static TimestampTz
+SendNextScout()
+{
+	if (ScoutIsOut())
+		return 0;
+	if (scout.retry_at > GetCurrentTimestamp())
+		return scout.retry_at;
+	Oid database = RequestedDatabase();
+
+	if (OidIsValid(database))
+	{
+		if (!SendScout(database))
+			shmem::RequestScoutOf(database);
+	}
+	else if (to_scout != NIL)
+	{
+		database = linitial_oid(to_scout);
+		if (SendScout(database))
+			InContext(TopMemoryContext, [&] {
+				scouted = lappend_oid(scouted, database);
+				to_scout = list_delete_first(to_scout);
+			});
+	}
+	else
+		return 0;
+	return scout.handle == NULL ? scout.retry_at : 0;
 }
 
 void
@@ -260,6 +296,13 @@ SuperviseWorkers()
 	return due;
 }
 
+/* The earlier of two times, of which 0 is none. */
+static TimestampTz
+Earlier(TimestampTz a, TimestampTz b)
+{
+	return a == 0 ? b : b == 0 ? a : Min(a, b);
+}
+
 static void
 LeaveLauncher(int, Datum)
 {
@@ -284,12 +327,10 @@ RunLauncher()
 	for (;;)
 	{
 		if (GetCurrentTimestamp() >= next_scan)
-			ScoutNewDatabases();
-		while (ScoutOnRequest())
-			;
-		TimestampTz due = SuperviseWorkers();
+			LookAtDatabases();
+		TimestampTz due = Earlier(SendNextScout(), SuperviseWorkers());
 
-		due = due == 0 ? next_scan : Min(due, next_scan);
+		due = Earlier(due, next_scan);
 		long timeout = Max(TimestampDifferenceMilliseconds(GetCurrentTimestamp(), due), 1L);
 
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, timeout,

@@ -14,6 +14,7 @@ namespace mmrepl::worker
 int
 RequireSlot(const catalog::StreamRow *row)
 {
+	queue::EnsureReady(); /* and refuse on a standby */
 	int slot = queue::SlotOf(row->id);
 
 	if (slot < 0)
@@ -186,7 +187,8 @@ TakeOver(const catalog::StreamRow *row, int slot)
 
 	request(1);
 	shmem::WakeWorker(stream);
-	Ensured([&] { (void) queue::TakeOrderingLock(row->id, false, true, NULL); }, [&] { request(-1); });
+	EnsuredAtExit([&] { (void) queue::TakeOrderingLock(row->id, false, true, NULL); },
+				  [&] { request(-1); });
 	transaction::WakeStreamAtEnd(slot);
 }
 
@@ -250,21 +252,18 @@ SkipIn(const catalog::StreamRow *row, const char *server, uint64 ticket, text *r
 	int slot = RequireSlot(row);
 	shmem::Stream &stream = shmem::Get().streams[slot];
 	Skipped skipped = {};
-	int count;
-	bool complete;
+	queue::Ref ref = {};
 
 	TakeOver(row, slot);
-	if (pg_atomic_read_u64(&stream.confirmed) >= ticket)
+	if (!queue::FindHead(row->id, ticket, &ref))
 		return false;
-	queue::Ref *refs = queue::Collect(row->id, ticket - 1, ticket + 1, 1, &count, &complete);
-
-	if (count == 0 || refs[0].ticket != ticket)
+	if (pg_atomic_read_u64(&stream.confirmed) >= ticket && !(ref.flags & queue::kPrepared))
 		return false;
 	skipped.queries = initArrayResult(TEXTOID, CurrentMemoryContext, false);
-	queue::ReadSegments(refs[0], row->id, RecordSegment, &skipped);
-	InsertSkipped(server, refs[0], &skipped, reason);
-	(void) queue::RemoveHead(refs[0]);
-	queue::Discount(stream, 1, refs[0].changes, refs[0].bytes);
+	queue::ReadSegments(ref, row->id, RecordSegment, &skipped);
+	InsertSkipped(server, ref, &skipped, reason);
+	(void) queue::RemoveHead(ref);
+	queue::Discount(stream, 1, ref.changes, ref.bytes);
 	AskRetry(stream);
 	*changes = skipped.changes;
 	return true;

@@ -45,6 +45,19 @@ pg_attribute_noreturn() static void Retire(Session *session)
 	proc_exit(0);
 }
 
+/* adopt_node() gives the database another identity: greet the peer again as that. */
+static void
+FollowNode(Session *session)
+{
+	pg_uuid_t node = catalog::NodeId();
+
+	if (memcmp(&node, &session->feed.node, sizeof(node)) == 0)
+		return;
+	if (session->conn != NULL)
+		DropPeer(session);
+	session->feed.node = node;
+}
+
 static void
 ReadConfiguration(Session *session)
 {
@@ -53,6 +66,7 @@ ReadConfiguration(Session *session)
 	if (!catalog::ExtensionExists() || !catalog::ReadStreamRow(session->stream, &row))
 		Retire(session);
 	queue::EnsureReady();
+	FollowNode(session);
 	SpinLockAcquire(&session->shared->mutex);
 	session->shared->paused = row.paused;
 	SpinLockRelease(&session->shared->mutex);
@@ -145,8 +159,9 @@ TakeLock(Session *session)
 {
 	if (session->shared->handover_requests > 0)
 		return false;
-	InTransaction(
-		[&] { session->holds_lock = queue::TakeOrderingLock(session->stream, true, false, &session->lock); });
+	InTransaction([&] {
+		session->holds_lock = queue::TakeOrderingLock(session->stream, true, false, &session->lock);
+	});
 	return session->holds_lock;
 }
 
@@ -162,6 +177,7 @@ Greet(Session *session)
 	session->shared->peer_node = peer.node;
 	session->shared->peer_known = true;
 	SpinLockRelease(&session->shared->mutex);
+	queue::RaiseClock(peer.watermark);
 	ResetFeed(&session->feed, peer.watermark);
 	if (!PQenterPipelineMode(session->conn))
 		ereport(ERROR, (errcode(ERRCODE_CONNECTION_FAILURE),
@@ -177,10 +193,11 @@ Greet(Session *session)
 bool
 EnsureConnected(Session *session)
 {
+	if (session->conn != NULL && session->holds_lock)
+		return true;
+	SetLatch(MyLatch); /* the waits below may swallow a wake-up: look at everything again */
 	if (session->conn == NULL && !OpenPeer(session))
 		return false;
-	if (session->holds_lock)
-		return true;
 	if (PQpipelineStatus(session->conn) != PQ_PIPELINE_OFF && !PQexitPipelineMode(session->conn))
 	{
 		DropPeer(session);

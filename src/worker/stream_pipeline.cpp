@@ -19,10 +19,9 @@ namespace mmrepl::worker
  * record is flushed.  The peer must not have what a crash here would lose.
  */
 static void
-FlushCommits(const Session *session)
+FlushCommits()
 {
-	XLogRecPtr lsn =
-		pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&session->shared->commit_lsn));
+	XLogRecPtr lsn = pg_atomic_read_u64(&shmem::Get().commit_lsn);
 
 	if (lsn != 0)
 		XLogFlush(lsn);
@@ -87,7 +86,7 @@ StartOne(Session *session)
 		return false;
 	}
 	session->outstanding++;
-	FlushCommits(session);
+	FlushCommits();
 	return SendBatch(session, shipment);
 }
 

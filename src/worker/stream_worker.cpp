@@ -12,6 +12,9 @@ namespace mmrepl::worker
 
 constexpr int64 kUpkeepEvery = USECS_PER_SEC;
 
+/* Who gives the ordering lock up wakes us just before the lock is free. */
+constexpr int64 kLockRetry = INT64CONST(100) * 1000;
+
 static int my_slot = -1;
 
 /* ---- process ---- */
@@ -32,23 +35,37 @@ LeaveSlot(int, Datum)
 	shmem::WakeLauncher();
 }
 
+/* Take the slot from `other`, a process that is gone; false when it is another's by now. */
+static bool
+TakeSlot(shmem::Stream &stream, int other)
+{
+	SpinLockAcquire(&stream.mutex);
+	bool mine = stream.worker_pid == other;
+
+	if (mine)
+	{
+		stream.worker_latch = MyLatch;
+		stream.worker_pid = MyProcPid;
+	}
+	SpinLockRelease(&stream.mutex);
+	return mine;
+}
+
 /* Become the stream's worker; ends the process when there is one already. */
 static void
 EnterSlot(int slot)
 {
 	shmem::Stream &stream = shmem::Get().streams[slot];
+	int other;
 
-	SpinLockAcquire(&stream.mutex);
-	int other = stream.worker_pid;
-	SpinLockRelease(&stream.mutex);
-	if (other != 0 && BackendPidGetProc(other) != NULL)
-		proc_exit(0);
 	my_slot = slot;
 	before_shmem_exit(LeaveSlot, (Datum) 0);
-	SpinLockAcquire(&stream.mutex);
-	stream.worker_latch = MyLatch;
-	stream.worker_pid = MyProcPid;
-	SpinLockRelease(&stream.mutex);
+	do
+	{
+		other = stream.worker_pid;
+		if (other != 0 && BackendPidGetProc(other) != NULL)
+			proc_exit(0);
+	} while (!TakeSlot(stream, other));
 }
 
 static void
@@ -80,7 +97,8 @@ Upkeep(Session *session)
 	if (now < session->upkeep_at || confirmed == session->persisted)
 		return;
 	InTransaction([&] {
-		SetConfigOption("synchronous_commit", "off", PGC_USERSET, PGC_S_SESSION);
+		(void) set_config_option("synchronous_commit", "off", PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_LOCAL, true, 0, false);
 		(void) catalog::UpdateStreamRow(session->stream, &confirmed, NULL);
 	});
 	InTransaction([&] { queue::Rotate(); });
@@ -111,6 +129,8 @@ Timeout(const Session *session)
 
 	if (session->conn == NULL && !session->shared->paused)
 		due = session->retry_at;
+	else if (session->conn != NULL && !session->holds_lock && !session->shared->paused)
+		due = now + kLockRetry;
 	if (pg_atomic_read_u64(&session->shared->confirmed) != session->persisted)
 		due = due == 0 ? session->upkeep_at : Min(due, session->upkeep_at);
 	if (due == 0)
@@ -204,14 +224,14 @@ Round(Session *session)
 }
 
 static void
-Serve(Session *session)
+Serve(Session *session, MemoryContext round)
 {
 	for (;;)
 	{
 		Round(session);
 		Upkeep(session);
 		Wait(session);
-		MemoryContextReset(CurrentMemoryContext);
+		MemoryContextReset(round);
 	}
 }
 
@@ -248,11 +268,12 @@ RunStream(int slot)
 			if (session.feed.context == NULL)
 				InContext(TopMemoryContext,
 						  [&] { StartFeed(&session.feed, session.stream, slot, false); });
-			Serve(&session);
+			Serve(&session, context);
 		});
 
 		MemoryContextSwitchTo(context);
 		Recover(&session, error);
+		MemoryContextSwitchTo(context); /* the abort left another one */
 		MemoryContextReset(context);
 		Wait(&session);
 	}

@@ -33,7 +33,10 @@ struct Feed
 	uint64 position;  /* everything up to here is in a batch, or needs none */
 	uint64 watermark; /* of the peer once all batches made so far are applied */
 	bool from_tables;
-	uint32 late_seen; /* commands ended (LateWord) when the tables were last read */
+	uint32 late_seen;	 /* commands ended (LateWord) when the tables were last read */
+	bool late_open;		 /* that reading saw late work it could not take yet */
+	uint32 late_reached; /* late work up to here is in shipments, or was none */
+	int late_unremoved;	 /* late heads in shipments that are not removed yet */
 
 	queue::Ref *refs; /* of the last reading of the tables; NULL: none */
 	int n_refs;
@@ -59,8 +62,9 @@ struct Shipment
 	uint64 last_ticket; /* newest transaction in it: for the lag */
 	uint64 previous;	/* the peer's watermark before it */
 	uint64 sweep_xid;
-	List *late; /* of queue::Ref *: heads to remove afterwards */
-	bool large; /* a chunked transaction in parts */
+	uint32 late_to; /* the feed's late_reached when it was closed */
+	List *late;		/* of queue::Ref *: heads to remove afterwards */
+	bool large;		/* a chunked transaction in parts */
 	queue::Cursor cursor;
 	uint64 large_xid;
 	uint8 large_flags;
