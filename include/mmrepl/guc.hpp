@@ -18,6 +18,12 @@ enum class Mode : int
 };
 
 /* mmrepl.sync_flush: when inline changes travel. */
+/* mmrepl.two_phase: how a sync transaction ends at its peer. */
+enum class TwoPhase : int
+{
+	Off /* last agent: the peer commits right after the local commit */
+};
+
 enum class Flush : int
 {
 	Statement,
@@ -34,7 +40,9 @@ extern int connect_timeout;	   /* ms */
 extern int sync_timeout;	   /* ms: bound of every wait for a peer in a user's transaction */
 extern int sync_lock_timeout;  /* ms: lock wait at the peer; 0: twice deadlock_timeout */
 extern int buffer_memory;	   /* kB a transaction may hold before it spills to the queue */
+extern int max_queue_size;	   /* kB waiting for one server at which the log warns; 0: never */
 extern int rotate_size;		   /* kB of a queue table at which the next one is taken */
+extern TwoPhase two_phase;
 extern Flush sync_flush;
 extern Mode mode;
 extern bool capture; /* off: triggers capture nothing (superuser) */

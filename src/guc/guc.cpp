@@ -17,7 +17,9 @@ int connect_timeout = 10000;
 int sync_timeout = 10000;
 int sync_lock_timeout = 0;
 int buffer_memory = 4096;
+int max_queue_size = 0;
 int rotate_size = 65536;
+TwoPhase two_phase = TwoPhase::Off;
 Flush sync_flush = Flush::Statement;
 Mode mode = Mode::Pair;
 bool capture = true;
@@ -27,6 +29,11 @@ static const struct config_enum_entry mode_options[] = {
 	{"pair", (int) Mode::Pair, false},
 	{"async", (int) Mode::Async, false},
 	{"sync", (int) Mode::Sync, false},
+	{NULL, 0, false},
+};
+
+static const struct config_enum_entry two_phase_options[] = {
+	{"off", (int) TwoPhase::Off, false},
 	{NULL, 0, false},
 };
 
@@ -55,6 +62,10 @@ DefineWorkerSettings()
 			  NULL, &batch_transactions, 1, 100000, PGC_SIGHUP, 0);
 	DefineInt("mmrepl.connect_timeout", "Longest wait for a connection to a peer.", NULL,
 			  &connect_timeout, 100, 600000, PGC_USERSET, GUC_UNIT_MS);
+	DefineInt("mmrepl.max_queue_size",
+			  "Changes waiting for one server at which the server log warns; 0 never warns.",
+			  "Nothing is dropped: the queue goes on growing.", &max_queue_size, 0, INT_MAX,
+			  PGC_SIGHUP, GUC_UNIT_KB);
 	DefineInt("mmrepl.retry_max_delay", "Longest delay between two tries to reach a peer.", NULL,
 			  &retry_max_delay, 10, 3600000, PGC_SIGHUP, GUC_UNIT_MS);
 	DefineInt("mmrepl.retry_min_delay", "First delay between two tries to reach a peer.",
@@ -95,6 +106,11 @@ DefineSessionSettings()
 	DefineCustomEnumVariable("mmrepl.mode", "Mode of this transaction's captures.",
 							 "'pair' leaves it to each pair.", (int *) &mode, (int) Mode::Pair,
 							 mode_options, PGC_USERSET, 0, NULL, NULL, NULL);
+	DefineCustomEnumVariable("mmrepl.two_phase",
+							 "How a transaction of sync pairs ends at its peer.",
+							 "'off': the peer commits right after the local commit.",
+							 (int *) &two_phase, (int) TwoPhase::Off, two_phase_options,
+							 PGC_USERSET, 0, NULL, NULL, NULL);
 	DefineCustomEnumVariable("mmrepl.sync_flush", "When changes of sync pairs travel.", NULL,
 							 (int *) &sync_flush, (int) Flush::Statement, flush_options,
 							 PGC_USERSET, 0, NULL, NULL, NULL);

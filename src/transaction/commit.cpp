@@ -158,6 +158,13 @@ WakeOthers(bool committed)
 }
 
 static void
+EndLateCommit(shmem::Database &database)
+{
+	pg_atomic_fetch_add_u64(&database.late, (int64) shmem::LateWord::kEnd);
+	shmem::NudgeWorkersOf(MyDatabaseId);
+}
+
+static void
 AfterEnd(queue::Fate fate)
 {
 	if (current.works != NULL)
@@ -166,6 +173,8 @@ AfterEnd(queue::Fate fate)
 		if (fate == queue::Fate::Committed)
 			AddPairCounts();
 	}
+	if (current.late != NULL)
+		EndLateCommit(*current.late);
 	WakeOthers(fate == queue::Fate::Committed);
 	current = {};
 	origin::Reset();
@@ -296,12 +305,19 @@ IsCommitPrepared(const PlannedStmt *statement)
 		   ((TransactionStmt *) statement->utilityStmt)->kind == TRANS_STMT_COMMIT_PREPARED;
 }
 
-/* Rows of a prepared transaction appear with an old ticket: workers must look for them. */
+/*
+ * Rows of a prepared transaction appear with an old ticket: workers must look for
+ * them from before the command until after it has ended, in whatever way.
+ */
 static void
-EndLateCommit(shmem::Database &database)
+BeginLateCommit()
 {
-	pg_atomic_fetch_add_u64(&database.late, (int64) shmem::LateWord::kEnd);
-	shmem::WakeWorkersOf(MyDatabaseId);
+	shmem::Database *database = shmem::FindDatabase(MyDatabaseId);
+
+	if (database == NULL || current.late != NULL)
+		return;
+	pg_atomic_fetch_add_u64(&database->late, (int64) shmem::LateWord::kBegin);
+	current.late = database;
 }
 
 static void
@@ -309,21 +325,9 @@ OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
 				 ProcessUtilityContext context, ParamListInfo params, QueryEnvironment *environment,
 				 DestReceiver *dest, QueryCompletion *completion)
 {
-	auto run = [&] {
-		RunUtility(statement, text, read_only, context, params, environment, dest, completion);
-	};
-
-	shmem::Database *database = NULL;
-
 	if (shmem::Ready() && IsCommitPrepared(statement))
-		database = shmem::FindDatabase(MyDatabaseId);
-	if (database != NULL)
-	{
-		pg_atomic_fetch_add_u64(&database->late, (int64) shmem::LateWord::kBegin);
-		EnsuredAtExit(run, [&] { EndLateCommit(*database); });
-		return;
-	}
-	run();
+		BeginLateCommit();
+	RunUtility(statement, text, read_only, context, params, environment, dest, completion);
 	AfterStatement();
 }
 

@@ -61,7 +61,8 @@ struct Current
 	int n_parts;
 	bool wake_launcher;
 	bool wake_workers;
-	uint64 wake_streams; /* bit mask of slots */
+	uint64 wake_streams;   /* bit mask of slots */
+	shmem::Database *late; /* COMMIT PREPARED is under way; NULL: none */
 };
 
 extern Current current;

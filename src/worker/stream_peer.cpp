@@ -295,6 +295,7 @@ Fail(Session *session, const connection::Failure *failure, bool refused)
 	if (permanent && transactions > 1)
 	{
 		session->retry_at = 0;
+		SetLatch(MyLatch); /* at once */
 		return;
 	}
 	session->failures++;

@@ -45,6 +45,7 @@ struct Session
 
 	uint64 persisted; /* confirmed, as last written to the stream's row */
 	TimestampTz upkeep_at;
+	bool warned_of_size;
 };
 
 /* session.cpp: connection, ordering lock, failures */

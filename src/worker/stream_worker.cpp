@@ -107,6 +107,22 @@ Upkeep(Session *session)
 	pgstat_report_stat(false);
 }
 
+/* Say once that more waits than mmrepl.max_queue_size, and again after it was less. */
+static void
+WatchQueueSize(Session *session)
+{
+	uint64 waiting = pg_atomic_read_u64(&session->shared->queued_bytes);
+	bool too_much = guc::max_queue_size > 0 && waiting > (uint64) guc::max_queue_size * 1024;
+
+	if (too_much && !session->warned_of_size)
+		ereport(WARNING,
+				(errmsg("mmrepl: %llu bytes of changes wait for stream %d",
+						(unsigned long long) waiting, session->stream),
+				 errdetail("\"mmrepl.max_queue_size\" is exceeded; the queue goes on growing."),
+				 errhint("See mmrepl.pg_stat_mmrepl for why they are not delivered.")));
+	session->warned_of_size = too_much;
+}
+
 /* ---- waiting ---- */
 
 static bool
@@ -230,6 +246,7 @@ Serve(Session *session, MemoryContext round)
 	{
 		Round(session);
 		Upkeep(session);
+		WatchQueueSize(session);
 		Wait(session);
 		MemoryContextReset(round);
 	}
