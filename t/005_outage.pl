@@ -152,10 +152,11 @@ section 'restarts with a backlog' => sub {
 		here("INSERT INTO other VALUES ($id, 'single')");
 	}
 	is(here($behind), '2010', 'a backlog is queued');
-	$alpha->restart('immediate');
+	$alpha->stop('immediate');
+	$alpha->start;
 	is(here($behind), '2010', 'a crash of the source loses nothing of it');
 	here(q{INSERT INTO other VALUES (4011, 'after the crash')});
-	$alpha->restart('fast');
+	$alpha->restart;
 	$beta->peer_up;
 	synced();
 	$alpha->same_rows($beta, 'other', name => 'all of it arrives, once');

@@ -17,13 +17,13 @@ enum class Mode : int
 	Sync
 };
 
-/* mmrepl.sync_flush: when inline changes travel. */
 /* mmrepl.two_phase: how a sync transaction ends at its peer. */
 enum class TwoPhase : int
 {
 	Off /* last agent: the peer commits right after the local commit */
 };
 
+/* mmrepl.sync_flush: when inline changes travel. */
 enum class Flush : int
 {
 	Statement,

@@ -188,16 +188,22 @@ Greet(Session *session)
 
 /*
  * Connection and ordering lock, both; false when one is not to be had now (the
- * lock's holder wakes us at the end of its transaction).
+ * lock's holder wakes us at the end of its transaction).  The waits for the peer
+ * may swallow a wake-up: after them everything is looked at again.
  */
 bool
 EnsureConnected(Session *session)
 {
-	if (session->conn != NULL && session->holds_lock)
+	if (session->conn == NULL)
+	{
+		bool opened = OpenPeer(session);
+
+		SetLatch(MyLatch);
+		if (!opened)
+			return false;
+	}
+	if (session->holds_lock)
 		return true;
-	SetLatch(MyLatch); /* the waits below may swallow a wake-up: look at everything again */
-	if (session->conn == NULL && !OpenPeer(session))
-		return false;
 	if (PQpipelineStatus(session->conn) != PQ_PIPELINE_OFF && !PQexitPipelineMode(session->conn))
 	{
 		DropPeer(session);
@@ -206,6 +212,7 @@ EnsureConnected(Session *session)
 	if (!TakeLock(session))
 		return false;
 	Greet(session);
+	SetLatch(MyLatch);
 	return true;
 }
 

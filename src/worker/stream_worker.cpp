@@ -266,6 +266,7 @@ Recover(Session *session, ErrorData *error)
 	failure.context = error->context;
 	Fail(session, &failure, false);
 	session->attended = false;
+	SetLatch(MyLatch); /* what raised may have swallowed a wake-up */
 }
 
 void
