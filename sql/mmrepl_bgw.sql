@@ -103,6 +103,7 @@ CREATE TABLE mmrepl.stream
 	paused boolean NOT NULL DEFAULT false,
 	confirmed bigint NOT NULL DEFAULT 0,
 	server_name name NOT NULL,
+	acked bigint NOT NULL DEFAULT 0,
 	CONSTRAINT stream_pkey PRIMARY KEY (stream_id),
 	CONSTRAINT stream_by_key UNIQUE (server, owner)
 ) WITH (fillfactor = 10, vacuum_truncate = off,
@@ -117,6 +118,7 @@ COMMENT ON COLUMN mmrepl.stream.server IS 'OID of the foreign server';
 COMMENT ON COLUMN mmrepl.stream.owner IS 'OID of the role that owns the pairs';
 COMMENT ON COLUMN mmrepl.stream.paused IS 'whether pause() was called';
 COMMENT ON COLUMN mmrepl.stream.confirmed IS 'all work up to this ticket is at the peer, as last written; the peer may be further';
+COMMENT ON COLUMN mmrepl.stream.acked IS 'watermark that the peer has reported at least: a peer that reports less was restored from an older state';
 COMMENT ON COLUMN mmrepl.stream.server_name IS 'the server''s name as last seen: outlives a dropped server and pg_upgrade';
 
 /*
@@ -378,6 +380,10 @@ COMMENT ON FUNCTION mmrepl.pause(name) IS 'stop delivery to a server; changes qu
 CREATE FUNCTION mmrepl.resume(server name) RETURNS void
 	LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'mmrepl_resume';
 COMMENT ON FUNCTION mmrepl.resume(name) IS 'go on with delivery to a server after pause()';
+
+CREATE FUNCTION mmrepl.accept_peer(server name) RETURNS void
+	LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'mmrepl_accept_peer';
+COMMENT ON FUNCTION mmrepl.accept_peer(name) IS 'go on with a peer that was restored from an older state, or replaced, from where it stands: its tables have been brought up to date';
 
 CREATE FUNCTION mmrepl.retry_now(server name) RETURNS void
 	LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'mmrepl_retry_now';

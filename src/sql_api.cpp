@@ -38,6 +38,7 @@ MMREPL_FUNCTION(mmrepl_deal_sync_err_rec, worker::SqlDeal);
 MMREPL_FUNCTION(mmrepl_wait_for_replay, worker::SqlWaitForReplay);
 MMREPL_FUNCTION(mmrepl_pause, worker::SqlPause);
 MMREPL_FUNCTION(mmrepl_resume, worker::SqlResume);
+MMREPL_FUNCTION(mmrepl_accept_peer, worker::SqlAcceptPeer);
 MMREPL_FUNCTION(mmrepl_retry_now, worker::SqlRetryNow);
 MMREPL_FUNCTION(mmrepl_skip, worker::SqlSkip);
 

@@ -47,6 +47,7 @@ struct StreamRow
 	Oid owner;
 	bool paused;
 	uint64 confirmed;	  /* as last written; the peer knows better */
+	uint64 acked;		  /* watermark that the peer has reported at least */
 	NameData server_name; /* as last seen; outlives the server */
 };
 
@@ -105,11 +106,15 @@ int32 EnsureStreamRow(Oid server, Oid owner);
 bool MadeHere(int32 id);
 
 /*
- * Write confirmed / paused into the stream's row; false when the row is gone.
- * `confirmed` alone is advisory: it is left for the next time (and true is
- * returned) while another transaction holds the row.
+ * Write the stream's positions into its row; false when the row is gone.  They
+ * are advisory: left for the next time (and true is returned) while another
+ * transaction holds the row.
  */
-bool UpdateStreamRow(int32 id, const uint64 *confirmed, const bool *paused);
+bool SavePosition(int32 id, uint64 confirmed, uint64 acked);
+
+/* Pause or resume durably / forget what the peer has reported; false when the row is gone. */
+bool SetPaused(int32 id, bool paused);
+bool ForgetAcked(int32 id);
 
 /* Remove the stream's row (nothing of it is queued any more); false when it was gone. */
 bool DeleteStreamRow(int32 id);

@@ -25,6 +25,7 @@
 #define ERRCODE_MMREPL_OUT_OF_ORDER MAKE_SQLSTATE('M', 'M', '0', '1', '1')
 #define ERRCODE_MMREPL_CONFLICT MAKE_SQLSTATE('M', 'M', '0', '1', '2')
 #define ERRCODE_MMREPL_WRONG_NODE MAKE_SQLSTATE('M', 'M', '0', '1', '3')
+#define ERRCODE_MMREPL_REWOUND MAKE_SQLSTATE('M', 'M', '0', '1', '4')
 
 namespace mmrepl
 {

@@ -209,6 +209,9 @@ void Confirm(shmem::Stream &stream, uint64 ticket);
 /* Take delivered work off the backlog counters. */
 void Discount(shmem::Stream &stream, uint64 transactions, uint64 changes, uint64 bytes);
 
+/* The peer's watermark has been at this ticket. */
+void Acknowledged(shmem::Stream &stream, uint64 watermark);
+
 /* All rows of COMMIT PREPARED commands up to this number are at the peer, too. */
 void ConfirmLate(shmem::Stream &stream, uint32 ended);
 
@@ -229,6 +232,9 @@ bool Reached(const shmem::Stream &stream, const Goal &goal);
 bool WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline);
 /* New tickets are greater than this one (a peer has it from before a restore of ours). */
 void RaiseClock(uint64 ticket);
+
+/* The last ticket drawn at all. */
+uint64 LastDrawn();
 
 /* The last ticket drawn for the stream. */
 uint64 LastTicket(const shmem::Stream &stream);

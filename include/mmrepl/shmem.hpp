@@ -78,6 +78,7 @@ struct Stream
 	/* Order. last_ticket is guarded by the clock spinlock. */
 	uint64 last_ticket;				 /* last ticket drawn for this stream */
 	pg_atomic_uint64 confirmed;		 /* all committed work with ticket <= this is at the peer */
+	pg_atomic_uint64 acked;			 /* watermark that the peer has reported */
 	pg_atomic_uint32 late_confirmed; /* late work up to this LateWord::Ended() is there, too */
 	pg_atomic_uint64 ring_gap;		 /* tickets <= this may be missing in the ring */
 
@@ -150,7 +151,8 @@ struct State
 	LWLock *registry;
 	LWLock *startup; /* held while a database's queue is read for the first time */
 	slock_t clock_mutex;
-	uint64 last_ticket; /* hybrid logical clock: microseconds since the Unix epoch, or more */
+	uint64 last_ticket;	 /* hybrid logical clock: microseconds since the Unix epoch, or more */
+	uint64 first_ticket; /* the clock at the start of the server */
 	uint64
 		registrations; /* bumped, under clock_mutex, whenever a stream's slot is taken or freed */
 	pg_atomic_uint64 commit_lsn;	 /* end of the last commit record of captured work */

@@ -18,6 +18,7 @@ Datum SqlWaitForReplay(FunctionCallInfo fcinfo);
 Datum SqlPause(FunctionCallInfo fcinfo);
 Datum SqlResume(FunctionCallInfo fcinfo);
 Datum SqlRetryNow(FunctionCallInfo fcinfo);
+Datum SqlAcceptPeer(FunctionCallInfo fcinfo);
 Datum SqlSkip(FunctionCallInfo fcinfo);
 
 } // namespace mmrepl::worker

@@ -44,7 +44,8 @@ enum Stream : AttrNumber
 	stream_owner,
 	stream_paused,
 	stream_confirmed,
-	stream_server_name
+	stream_server_name,
+	stream_acked
 };
 } // namespace attr
 

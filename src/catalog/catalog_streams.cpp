@@ -22,6 +22,7 @@ ReadRow(const Row &row)
 	stream.owner = DatumGetObjectId(row.Get(attr::stream_owner));
 	stream.paused = DatumGetBool(row.Get(attr::stream_paused));
 	stream.confirmed = (uint64) DatumGetInt64(row.Get(attr::stream_confirmed));
+	stream.acked = (uint64) DatumGetInt64(row.Get(attr::stream_acked));
 	stream.server_name = *DatumGetName(row.Get(attr::stream_server_name));
 	return stream;
 }
@@ -191,18 +192,30 @@ AssignColumns(int32 id, const Assignment *assignments, int count)
 }
 
 bool
-UpdateStreamRow(int32 id, const uint64 *confirmed, const bool *paused)
+SavePosition(int32 id, uint64 confirmed, uint64 acked)
 {
-	Assignment assignments[2];
-	int count = 0;
+	const Assignment assignments[] = {{attr::stream_confirmed, Int64GetDatum((int64) confirmed)},
+									  {attr::stream_acked, Int64GetDatum((int64) acked)}};
 
-	if (!LockRow(id, paused != NULL))
-		return true;
-	if (confirmed != NULL)
-		assignments[count++] = {attr::stream_confirmed, Int64GetDatum((int64) *confirmed)};
-	if (paused != NULL)
-		assignments[count++] = {attr::stream_paused, BoolGetDatum(*paused)};
-	return AssignColumns(id, assignments, count);
+	return !LockRow(id, false) || AssignColumns(id, assignments, lengthof(assignments));
+}
+
+bool
+SetPaused(int32 id, bool paused)
+{
+	const Assignment assignment = {attr::stream_paused, BoolGetDatum(paused)};
+
+	LockRow(id, true);
+	return AssignColumns(id, &assignment, 1);
+}
+
+bool
+ForgetAcked(int32 id)
+{
+	const Assignment assignment = {attr::stream_acked, Int64GetDatum(0)};
+
+	LockRow(id, true);
+	return AssignColumns(id, &assignment, 1);
 }
 
 bool
@@ -301,6 +314,7 @@ InsertRow(Oid server, const char *server_name, Oid owner)
 	values[attr::stream_paused - 1] = BoolGetDatum(false);
 	values[attr::stream_confirmed - 1] = Int64GetDatum(0);
 	values[attr::stream_server_name - 1] = NameGetDatum(&name);
+	values[attr::stream_acked - 1] = Int64GetDatum(0);
 
 	HeapTuple tuple = heap_form_tuple(RelationGetDescr(table), values, nulls);
 
@@ -377,7 +391,8 @@ void
 RelinkStreams(bool forget_positions)
 {
 	List *streams = AllStreams();
-	const Assignment start[] = {{attr::stream_confirmed, Int64GetDatum(0)}};
+	const Assignment start[] = {{attr::stream_confirmed, Int64GetDatum(0)},
+								{attr::stream_acked, Int64GetDatum(0)}};
 	ListCell *cell;
 
 	foreach(cell, streams)

@@ -286,6 +286,17 @@ RaiseClock(uint64 ticket)
 }
 
 uint64
+LastDrawn()
+{
+	shmem::State &state = shmem::Get();
+
+	SpinLockAcquire(&state.clock_mutex);
+	uint64 last = state.last_ticket;
+	SpinLockRelease(&state.clock_mutex);
+	return last;
+}
+
+uint64
 LastTicket(const shmem::Stream &stream)
 {
 	shmem::State &state = shmem::Get();
@@ -372,6 +383,12 @@ Discount(shmem::Stream &stream, uint64 transactions, uint64 changes, uint64 byte
 	SubtractClamped(&stream.queued_transactions, transactions);
 	SubtractClamped(&stream.queued_changes, changes);
 	SubtractClamped(&stream.queued_bytes, bytes);
+}
+
+void
+Acknowledged(shmem::Stream &stream, uint64 watermark)
+{
+	AtomicMax(&stream.acked, watermark);
 }
 
 shmem::LateWord

@@ -108,9 +108,12 @@ RevalidatePairsBelow(Oid relation)
 
 		if (rel == NULL)
 			continue;
+		/* A restore brings the pairs, then the keys one by one, and the triggers last. */
+		bool captured = OidIsValid(FindPairTriggers(rel).row);
+
 		foreach(pair, pairs)
 		{
-			if (((const PairRow *) lfirst(pair))->enabled)
+			if (captured && ((const PairRow *) lfirst(pair))->enabled)
 				RevalidatePair(rel, *(const PairRow *) lfirst(pair));
 		}
 		relation_close(rel, NoLock);

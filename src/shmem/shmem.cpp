@@ -81,7 +81,7 @@ InitState()
 	state->registry = &locks[0].lock;
 	state->startup = &locks[1].lock;
 	SpinLockInit(&state->clock_mutex);
-	state->last_ticket = ClockNow();
+	state->last_ticket = state->first_ticket = ClockNow();
 	state->n_slots = CountSlots();
 	for (Stream &stream : state->streams)
 		InitStream(&stream);

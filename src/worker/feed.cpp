@@ -44,9 +44,62 @@ DropRefs(Feed *feed)
 	feed->n_refs = feed->next_ref = 0;
 }
 
+/* The peer stands behind what it had confirmed. */
+static void
+RequirePeerNotRewound(const Feed *feed, uint64 watermark)
+{
+	catalog::StreamRow row = {};
+
+	InTransaction([&] { (void) catalog::ReadStreamRow(feed->stream, &row); });
+	uint64 acked = Max(row.acked, pg_atomic_read_u64(&feed->shared->acked));
+
+	if (watermark < acked)
+		ereport(ERROR,
+				(errcode(ERRCODE_MMREPL_REWOUND),
+				 errmsg("the peer has lost changes that it had confirmed"),
+				 errdetail("It stands at ticket %llu and has been at %llu: it was restored from "
+						   "an older state, or replaced.",
+						   (unsigned long long) watermark, (unsigned long long) acked),
+				 errhint("Bring its tables up to date, then run SELECT mmrepl.accept_peer('%s').",
+						 NameStr(row.server_name))));
+}
+
+/*
+ * The peer has seen a ticket that we have not drawn yet: this database was
+ * restored from an older state.  New tickets are made greater; but what was
+ * queued since the restart under lower ones would count as delivered.
+ */
+static void
+RequireSourceNotRewound(Feed *feed, uint64 watermark)
+{
+	uint64 transactions, changes, bytes, oldest;
+
+	if (watermark <= queue::LastDrawn())
+		return;
+	uint64 after = Max(pg_atomic_read_u64(&feed->shared->confirmed), shmem::Get().first_ticket);
+
+	queue::RaiseClock(watermark);
+	InTransaction([&] {
+		queue::CountBacklog(feed->stream, after, watermark, &transactions, &changes, &bytes,
+							&oldest);
+	});
+	if (transactions > 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_MMREPL_REWOUND),
+				 errmsg("the peer has seen later tickets than this database has drawn"),
+				 errdetail("This database was restored from an older state; %llu transactions "
+						   "queued since then bear tickets that the peer would take for old.",
+						   (unsigned long long) transactions),
+				 errhint("Copy the tables anew, and drop the queued transactions with "
+						 "mmrepl.skip().")));
+}
+
 void
 ResetFeed(Feed *feed, uint64 watermark)
 {
+	RequirePeerNotRewound(feed, watermark);
+	RequireSourceNotRewound(feed, watermark);
+	queue::Acknowledged(*feed->shared, watermark);
 	DropRefs(feed);
 	feed->position = Max(pg_atomic_read_u64(&feed->shared->confirmed), watermark);
 	feed->watermark = watermark;

@@ -60,6 +60,7 @@ Applied(Feed *feed, Shipment *shipment)
 	RemoveLate(feed, shipment);
 	queue::Discount(stream, shipment->transactions, shipment->changes, shipment->bytes);
 	queue::Confirm(stream, shipment->confirm_to);
+	queue::Acknowledged(stream, shipment->confirm_to);
 	queue::ConfirmLate(stream, shipment->late_to);
 	pg_atomic_fetch_add_u64(&counters.transactions_applied, shipment->transactions);
 	pg_atomic_fetch_add_u64(&counters.changes_applied, shipment->changes);

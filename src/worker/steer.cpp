@@ -87,7 +87,7 @@ SetPaused(const catalog::StreamRow *row, bool paused)
 	int slot = RequireSlot(row);
 	shmem::Stream &stream = shmem::Get().streams[slot];
 
-	if (!catalog::UpdateStreamRow(row->id, NULL, &paused))
+	if (!catalog::SetPaused(row->id, paused))
 		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 						errmsg("replication stream %d was dropped meanwhile", row->id)));
 	SpinLockAcquire(&stream.mutex);
@@ -139,6 +139,25 @@ SqlRetryNow(FunctionCallInfo fcinfo)
 
 	foreach(cell, RequireStreams(fcinfo))
 		AskRetry(shmem::Get().streams[RequireSlot((const catalog::StreamRow *) lfirst(cell))]);
+	PG_RETURN_VOID();
+}
+
+Datum
+SqlAcceptPeer(FunctionCallInfo fcinfo)
+{
+	ListCell *cell;
+
+	foreach(cell, RequireStreams(fcinfo))
+	{
+		const catalog::StreamRow *row = (const catalog::StreamRow *) lfirst(cell);
+		int slot = RequireSlot(row);
+
+		if (!catalog::ForgetAcked(row->id))
+			ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+							errmsg("replication stream %d was dropped meanwhile", row->id)));
+		pg_atomic_write_u64(&shmem::Get().streams[slot].acked, 0);
+	}
+	transaction::WakeWorkersAtCommit();
 	PG_RETURN_VOID();
 }
 

@@ -177,7 +177,6 @@ Greet(Session *session)
 	session->shared->peer_node = peer.node;
 	session->shared->peer_known = true;
 	SpinLockRelease(&session->shared->mutex);
-	queue::RaiseClock(peer.watermark);
 	ResetFeed(&session->feed, peer.watermark);
 	if (!PQenterPipelineMode(session->conn))
 		ereport(ERROR, (errcode(ERRCODE_CONNECTION_FAILURE),

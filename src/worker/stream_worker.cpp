@@ -99,7 +99,8 @@ Upkeep(Session *session)
 	InTransaction([&] {
 		(void) set_config_option("synchronous_commit", "off", PGC_USERSET, PGC_S_SESSION,
 								 GUC_ACTION_LOCAL, true, 0, false);
-		(void) catalog::UpdateStreamRow(session->stream, &confirmed, NULL);
+		(void) catalog::SavePosition(session->stream, confirmed,
+									 pg_atomic_read_u64(&session->shared->acked));
 	});
 	InTransaction([&] { queue::Rotate(); });
 	session->persisted = confirmed;

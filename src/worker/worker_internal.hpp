@@ -85,7 +85,11 @@ struct Budget
 void StartFeed(Feed *feed, int32 stream, int slot, bool tables_only);
 void FreeFeed(Feed *feed);
 
-/* Begin again after `confirmed` and the peer's watermark. */
+/*
+ * Begin again after `confirmed` and the peer's watermark.  Raises
+ * ERRCODE_MMREPL_REWOUND when one of the two was restored from an older state:
+ * then nobody can tell from here what is missing where.
+ */
 void ResetFeed(Feed *feed, uint64 watermark);
 
 /*
