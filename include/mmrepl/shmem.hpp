@@ -76,9 +76,10 @@ struct Stream
 	pg_uuid_t peer_node;
 
 	/* Order. last_ticket is guarded by the clock spinlock. */
-	uint64 last_ticket;				 /* last ticket drawn for this stream */
-	pg_atomic_uint64 confirmed;		 /* all committed work with ticket <= this is at the peer */
-	pg_atomic_uint64 acked;			 /* watermark that the peer has reported */
+	uint64 last_ticket;			  /* last ticket drawn for this stream */
+	pg_atomic_uint64 confirmed;	  /* all committed work with ticket <= this is at the peer */
+	pg_atomic_uint64 last_queued; /* newest ticket that the worker has, or may have, to deliver */
+	pg_atomic_uint64 acked;		  /* watermark that the peer has reported */
 	pg_atomic_uint32 late_confirmed; /* late work up to this LateWord::Ended() is there, too */
 	pg_atomic_uint64 ring_gap;		 /* tickets <= this may be missing in the ring */
 

@@ -43,6 +43,22 @@ void DecodeRow(HeapTuple tuple, TupleDesc desc, Row *row);
 /* Place as the payload of a chunked head. */
 void PutPlace(StringInfo buf, const Place &place);
 
+/* Raise to the value; never lowers. */
+inline void
+AtomicMax(pg_atomic_uint64 *where, uint64 value)
+{
+	uint64 seen = pg_atomic_read_u64(where);
+
+	while (seen < value && !pg_atomic_compare_exchange_u64(where, &seen, value))
+		;
+}
+
+/* Reserve the part's ring entry, or note the gap; the clock spinlock is held. */
+void Reserve(shmem::Stream &stream, Outgoing *out, uint64 ticket, uint64 xid);
+
+/* The part's ring entry; it has one. */
+RingEntry *EntryOf(const Outgoing *out);
+
 /* Copy the payload into the reserved ring entry, if there is one. */
 void FillEntry(const Outgoing *out);
 

@@ -220,6 +220,7 @@ ActivateStream(int index, uint64 confirmed)
 		for (int i = 0; i < state->n_slots; i++)
 			pg_atomic_write_u32(&slots[i].everyone, 1);
 		pg_atomic_write_u64(&stream->ring_gap, state->last_ticket);
+		pg_atomic_write_u64(&stream->last_queued, state->last_ticket);
 		stream->last_ticket = state->last_ticket;
 		stream->in_use = true;
 		stream->epoch = ++state->registrations;

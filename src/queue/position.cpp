@@ -1,0 +1,153 @@
+/*
+ * position.cpp
+ *		How far a stream is: what is confirmed, who waits for it, and the lock that
+ *		only one deliverer holds.
+ */
+#include "queue_internal.hpp"
+
+namespace mmrepl::queue
+{
+
+/* ---- positions ---- */
+
+void
+Confirm(shmem::Stream &stream, uint64 ticket)
+{
+	if (pg_atomic_read_u64(&stream.confirmed) >= ticket)
+		return;
+	AtomicMax(&stream.confirmed, ticket);
+	ConditionVariableBroadcast(&stream.confirmed_cv);
+}
+
+/* Subtract, but not below zero: a count may have begun after the work was queued. */
+static void
+SubtractClamped(pg_atomic_uint64 *where, uint64 value)
+{
+	uint64 seen = pg_atomic_read_u64(where);
+
+	while (!pg_atomic_compare_exchange_u64(where, &seen, seen > value ? seen - value : 0))
+		;
+}
+
+void
+Discount(shmem::Stream &stream, uint64 transactions, uint64 changes, uint64 bytes)
+{
+	SubtractClamped(&stream.queued_transactions, transactions);
+	SubtractClamped(&stream.queued_changes, changes);
+	SubtractClamped(&stream.queued_bytes, bytes);
+}
+
+void
+Acknowledged(shmem::Stream &stream, uint64 watermark)
+{
+	AtomicMax(&stream.acked, watermark);
+}
+
+shmem::LateWord
+ReadLate(const shmem::Database &database)
+{
+	pg_memory_barrier();
+	return {pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&database.late))};
+}
+
+void
+ConfirmLate(shmem::Stream &stream, uint32 ended)
+{
+	if (pg_atomic_read_u32(&stream.late_confirmed) == ended)
+		return;
+	pg_atomic_write_u32(&stream.late_confirmed, ended);
+	ConditionVariableBroadcast(&stream.confirmed_cv);
+}
+
+Goal
+CurrentGoal(const shmem::Stream &stream)
+{
+	return {LastTicket(stream), ReadLate(shmem::DatabaseOf(MyDatabaseId)).Expected()};
+}
+
+/*
+ * Either the worker has passed the ticket, or it need not: no ticket up to it is
+ * in flight, and the newest one that had to be delivered is confirmed.  (The
+ * worker may be away while inline transactions come and go.)
+ */
+static bool
+TicketReached(const shmem::Stream &stream, uint64 ticket)
+{
+	auto read = [](const pg_atomic_uint64 &where) {
+		return pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&where));
+	};
+	int slot = (int) (&stream - shmem::Get().streams);
+
+	if (read(stream.confirmed) >= ticket)
+		return true;
+	if (ResolvedBelow(stream, slot) <= ticket)
+		return false;
+	uint64 queued = read(stream.last_queued);
+
+	pg_read_barrier();
+	return read(stream.confirmed) >= queued;
+}
+
+bool
+Reached(const shmem::Stream &stream, const Goal &goal)
+{
+	uint32 late = pg_atomic_read_u32(const_cast<pg_atomic_uint32 *>(&stream.late_confirmed));
+
+	return (int32) (late - goal.late) >= 0 && TicketReached(stream, goal.ticket);
+}
+
+bool
+WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline)
+{
+	bool reached;
+
+	ConditionVariablePrepareToSleep(&stream.confirmed_cv);
+	while (!(reached = Reached(stream, goal)))
+	{
+		long left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), deadline);
+
+		if (left <= 0)
+			break;
+		ConditionVariableTimedSleep(&stream.confirmed_cv, Min(left, 60000L), PG_WAIT_EXTENSION);
+	}
+	ConditionVariableCancelSleep();
+	return reached;
+}
+
+/* ---- ordering lock ---- */
+
+/*
+ * Sub-object 1 of the stream; sub-object 0 is the lock of the stream's row
+ * (catalog).  The lock method of advisory locks: a session's locks of the default
+ * method would go with any aborted transaction, and stay behind when the process
+ * is terminated between two transactions.
+ */
+static LOCKTAG
+OrderingTag(int32 stream)
+{
+	constexpr uint16 ordering = 1;
+	LOCKTAG tag;
+
+	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, catalog::GetRelations().stream, (uint32) stream,
+					   ordering);
+	tag.locktag_lockmethodid = USER_LOCKMETHOD;
+	return tag;
+}
+
+bool
+TakeOrderingLock(int32 stream, bool for_session, bool wait, LOCKTAG *tag)
+{
+	LOCKTAG ordering = OrderingTag(stream);
+
+	if (tag != NULL)
+		*tag = ordering;
+	return LockAcquire(&ordering, ExclusiveLock, for_session, !wait) != LOCKACQUIRE_NOT_AVAIL;
+}
+
+void
+ReleaseOrderingLock(const LOCKTAG &tag)
+{
+	LockRelease(&tag, ExclusiveLock, true);
+}
+
+} // namespace mmrepl::queue
