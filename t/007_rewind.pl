@@ -71,6 +71,7 @@ sub save_beta
 {
 	$beta->stop('fast');
 	PostgreSQL::Test::RecursiveCopy::copypath($beta->data_dir, $saved);
+	chmod 0700, $saved or die "could not chmod $saved: $!";
 	$beta->start;
 	return;
 }

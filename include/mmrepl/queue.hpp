@@ -225,6 +225,9 @@ struct Goal
 	uint32 late;
 };
 
+/* Whether something that the worker has to deliver is not confirmed. */
+bool HasQueued(const shmem::Stream &stream);
+
 Goal CurrentGoal(const shmem::Stream &stream);
 bool Reached(const shmem::Stream &stream, const Goal &goal);
 

@@ -65,6 +65,15 @@ CurrentGoal(const shmem::Stream &stream)
 	return {LastTicket(stream), ReadLate(shmem::DatabaseOf(MyDatabaseId)).Expected()};
 }
 
+bool
+HasQueued(const shmem::Stream &stream)
+{
+	uint64 queued = pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.last_queued));
+
+	pg_read_barrier();
+	return pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.confirmed)) < queued;
+}
+
 /*
  * Either the worker has passed the ticket, or it need not: no ticket up to it is
  * in flight, and the newest one that had to be delivered is confirmed.  (The
@@ -73,19 +82,13 @@ CurrentGoal(const shmem::Stream &stream)
 static bool
 TicketReached(const shmem::Stream &stream, uint64 ticket)
 {
-	auto read = [](const pg_atomic_uint64 &where) {
-		return pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&where));
-	};
 	int slot = (int) (&stream - shmem::Get().streams);
 
-	if (read(stream.confirmed) >= ticket)
+	if (pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.confirmed)) >= ticket)
 		return true;
 	if (ResolvedBelow(stream, slot) <= ticket)
 		return false;
-	uint64 queued = read(stream.last_queued);
-
-	pg_read_barrier();
-	return read(stream.confirmed) >= queued;
+	return !HasQueued(stream);
 }
 
 bool

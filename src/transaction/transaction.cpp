@@ -312,7 +312,8 @@ PassFence(Work *work, connection::Failure *failure)
 				 state == shmem::WorkerState::Blocked;
 
 	shmem::WakeWorker(stream);
-	if (!stuck && queue::WaitConfirmed(stream, goal, connection::DeadlineIn(guc::sync_timeout)))
+	if (!(stuck && queue::HasQueued(stream)) &&
+		queue::WaitConfirmed(stream, goal, connection::DeadlineIn(guc::sync_timeout)))
 		return true;
 	*failure = {};
 	failure->sqlstate = ERRCODE_MMREPL_SYNC_TIMEOUT;
