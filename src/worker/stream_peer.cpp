@@ -67,6 +67,9 @@ ReadConfiguration(Session *session)
 		Retire(session);
 	queue::EnsureReady();
 	FollowNode(session);
+	if (!session->position_loaded)
+		queue::Acknowledged(*session->shared, row.acked);
+	session->position_loaded = true;
 	SpinLockAcquire(&session->shared->mutex);
 	session->shared->paused = row.paused;
 	SpinLockRelease(&session->shared->mutex);

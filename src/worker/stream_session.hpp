@@ -43,7 +43,8 @@ struct Session
 	char logged[256];	  /* last failure that went to the log */
 	TimestampTz logged_at;
 
-	uint64 persisted; /* confirmed, as last written to the stream's row */
+	bool position_loaded; /* what the row knows of the peer is in shared memory */
+	uint64 persisted;	  /* confirmed, as last written to the stream's row */
 	TimestampTz upkeep_at;
 	bool warned_of_size;
 };

@@ -94,7 +94,7 @@ Upkeep(Session *session)
 	TimestampTz now = GetCurrentTimestamp();
 	uint64 confirmed = pg_atomic_read_u64(&session->shared->confirmed);
 
-	if (now < session->upkeep_at || confirmed == session->persisted)
+	if (!session->position_loaded || now < session->upkeep_at || confirmed == session->persisted)
 		return;
 	InTransaction([&] {
 		(void) set_config_option("synchronous_commit", "off", PGC_USERSET, PGC_S_SESSION,
