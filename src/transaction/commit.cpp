@@ -143,18 +143,39 @@ SettleAll(queue::Fate fate)
 		queue::SettleTicket(current.parts, current.n_parts);
 }
 
-static void
-WakeOthers(bool committed)
+/* Whom to wake when the transaction has released everything. */
+static struct
 {
-	for (int slot = 0; current.wake_streams != 0; slot++, current.wake_streams >>= 1)
-		if (current.wake_streams & 1)
-			shmem::CallForAttention(shmem::Get().streams[slot]);
-	if (!committed || !shmem::Ready())
+	bool launcher;
+	bool workers;
+	uint64 streams; /* bit mask of slots */
+} to_wake;
+
+static void
+NoteWakes(bool committed)
+{
+	to_wake.streams |= current.wake_streams;
+	to_wake.launcher |= committed && current.wake_launcher;
+	to_wake.workers |= committed && current.wake_workers;
+}
+
+/*
+ * Only now: who is woken must find our invalidations sent, or it would read its
+ * configuration from stale caches, and our locks free.
+ */
+static void
+OnResourceRelease(ResourceReleasePhase phase, bool, bool top_level, void *)
+{
+	if (phase != RESOURCE_RELEASE_AFTER_LOCKS || !top_level)
 		return;
-	if (current.wake_launcher)
+	for (int slot = 0; to_wake.streams != 0; slot++, to_wake.streams >>= 1)
+		if (to_wake.streams & 1)
+			shmem::CallForAttention(shmem::Get().streams[slot]);
+	if (to_wake.launcher && shmem::Ready())
 		shmem::RequestScout();
-	if (current.wake_workers)
+	if (to_wake.workers && shmem::Ready())
 		shmem::WakeWorkersOf(MyDatabaseId);
+	to_wake = {};
 }
 
 static void
@@ -175,7 +196,7 @@ AfterEnd(queue::Fate fate)
 	}
 	if (current.late != NULL)
 		EndLateCommit(*current.late);
-	WakeOthers(fate == queue::Fate::Committed);
+	NoteWakes(fate == queue::Fate::Committed);
 	current = {};
 	origin::Reset();
 	apply::AtTransactionEnd();
@@ -336,6 +357,7 @@ Init()
 {
 	RegisterXactCallback(OnXactEvent, NULL);
 	RegisterSubXactCallback(OnSubXactEvent, NULL);
+	RegisterResourceReleaseCallback(OnResourceRelease, NULL);
 	previous_executor_finish = ExecutorFinish_hook;
 	ExecutorFinish_hook = OnExecutorFinish;
 	previous_process_utility = ProcessUtility_hook;
