@@ -126,9 +126,12 @@ check-frames:
 
 endif # PGXS
 
-.PHONY: check-includes check-style format check-matrix check-fresh
+.PHONY: check-includes check-spec check-style format check-matrix check-fresh
 check-includes:
 	.ci/check_includes
+
+check-spec:
+	doc/spec/check
 
 CLANG_FORMAT ?= $(shell command -v clang-format-14 || echo clang-format)
 check-style:

@@ -84,8 +84,9 @@ struct Stream
 	pg_atomic_uint64 ring_gap;		 /* tickets <= this may be missing in the ring */
 
 	/* Ring: byte positions that only grow; modulo the ring's size is the place. */
-	pg_atomic_uint64 ring_head; /* moved by committers, under the clock spinlock */
-	pg_atomic_uint64 ring_tail; /* moved by the consumer */
+	pg_atomic_uint64 ring_head;	 /* moved by committers, under the clock spinlock */
+	pg_atomic_uint64 ring_taken; /* highest ticket the consumer took out: gone from the ring */
+	pg_atomic_uint64 ring_tail;	 /* moved by the consumer */
 
 	/* Backlog. */
 	pg_atomic_uint64 queued_transactions;

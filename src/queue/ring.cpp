@@ -112,6 +112,7 @@ ConsumeRing(shmem::Stream &stream, const RingEntry *entry)
 {
 	uint64 size = entry->size;
 
+	AtomicMax(&stream.ring_taken, entry->ticket);
 	pg_memory_barrier();
 	pg_atomic_fetch_add_u64(&stream.ring_tail, size);
 }

@@ -212,6 +212,7 @@ ActivateStream(int index, uint64 confirmed)
 	pg_atomic_write_u64(&stream->confirmed, confirmed);
 	pg_atomic_write_u64(&stream->ring_head, 0);
 	pg_atomic_write_u64(&stream->ring_tail, 0);
+	pg_atomic_write_u64(&stream->ring_taken, 0);
 	SpinLockAcquire(&state->clock_mutex);
 	bool quiet = !HasEntriesOnTheWay(index);
 

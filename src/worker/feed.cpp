@@ -105,6 +105,7 @@ ResetFeed(Feed *feed, uint64 watermark)
 	feed->watermark = watermark;
 	feed->from_tables = true;
 	feed->late_unremoved = 0;
+	feed->late_reached = pg_atomic_read_u32(&feed->shared->late_confirmed);
 	feed->late_open = false;
 }
 
@@ -273,10 +274,15 @@ Full(const Shipment *shipment, const Budget &budget)
 
 /* ---- from the ring ---- */
 
+/*
+ * Whether the ring may lack something behind the position: what found no room in
+ * it, or what was taken out and, after a failure, has to be read again.
+ */
 static bool
 GapAhead(const Feed *feed)
 {
-	return pg_atomic_read_u64(&feed->shared->ring_gap) > feed->position;
+	return Max(pg_atomic_read_u64(&feed->shared->ring_gap),
+			   pg_atomic_read_u64(&feed->shared->ring_taken)) > feed->position;
 }
 
 /* Put one committed entry into the shipment; false: it has to wait for the next. */
@@ -360,6 +366,7 @@ TrimRing(Feed *feed)
 static void
 ReadTables(Feed *feed)
 {
+	feed->from_tables = true; /* until all that is found now has been sent */
 	feed->late_seen = queue::ReadLate(*feed->database).Ended();
 	feed->refs_below = queue::ResolvedBelow(*feed->shared, feed->slot);
 	InTransaction([&] {
