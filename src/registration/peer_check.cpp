@@ -404,10 +404,18 @@ Inquire(PGconn *conn, Inquiry *inquiry)
 	Ensured([&] { CheckAnswer(*inquiry); }, [&] { PQclear(inquiry->answer); });
 }
 
-/* The peer is away: say so, and go on. */
+/*
+ * The peer is away: say so, and go on.  One that is there and does not let us in,
+ * or has no such database, is no outage: raise.
+ */
 void
 WarnUnchecked(const Inquiry &inquiry, const connection::Failure &failure)
 {
+	int category = ERRCODE_TO_CATEGORY(failure.sqlstate);
+
+	if (category == ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION ||
+		category == ERRCODE_INVALID_CATALOG_NAME)
+		connection::ReportFailure(&failure, inquiry.server, NULL);
 	ereport(WARNING,
 			(errcode(failure.sqlstate),
 			 errmsg("could not check table %s at server \"%s\": the server cannot be reached",

@@ -260,6 +260,14 @@ SELECT refused($$SELECT mmrepl.create_pair('good', 'loop', 'there.good', columns
 SELECT refused($$SELECT mmrepl.create_pair('good', 'loop', 'there.good', row_filter => '')$$);
 SELECT refused($$SELECT mmrepl.create_pair('good', 'loop', 'there.good', row_filter => 'at = current_date')$$);
 SELECT refused($$SELECT mmrepl.create_pair('good', 'nohost', 'there.good')$$);
+-- one that is there, but without the database or the role, does not
+CREATE SERVER nodatabase FOREIGN DATA WRAPPER mmrepl_fdw OPTIONS (dbname 'regress_mmrepl_nowhere');
+SELECT left(refused(format($$ALTER SERVER nodatabase OPTIONS (ADD host %L, ADD port %L);
+	CREATE USER MAPPING FOR CURRENT_USER SERVER nodatabase OPTIONS (user %L);
+	SELECT mmrepl.create_pair('good', 'nodatabase', 'there.good')$$,
+	split_part(current_setting('unix_socket_directories'), ',', 1), current_setting('port'),
+	current_user)), 5) AS sqlstate;
+DROP SERVER nodatabase;
 
 -- Nothing of all this has made a pair or left a trigger behind.
 SELECT count(*) FROM mmrepl.pairs;
