@@ -4,6 +4,7 @@
  *		is replicated: statement triggers do not reach it, the change would be lost.
  */
 #include "capture_internal.hpp"
+#include "mmrepl/base.hpp"
 #include "mmrepl/origin.hpp"
 #include "mmrepl/shmem.hpp"
 
@@ -58,12 +59,8 @@ OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
 	if (IsA(statement->utilityStmt, TruncateStmt) && shmem::Ready() && guc::capture &&
 		!origin::Applying() && catalog::ExtensionExists())
 		CheckTruncate((const TruncateStmt *) statement->utilityStmt);
-	if (previous_process_utility)
-		previous_process_utility(statement, text, read_only, context, params, environment, dest,
-								 completion);
-	else
-		standard_ProcessUtility(statement, text, read_only, context, params, environment, dest,
-								completion);
+	RunUtility(previous_process_utility,
+			   {statement, text, read_only, context, params, environment, dest, completion});
 }
 
 void

@@ -16,6 +16,7 @@
 #include "transaction_internal.hpp"
 
 #include "mmrepl/apply.hpp"
+#include "mmrepl/base.hpp"
 #include "mmrepl/origin.hpp"
 
 namespace mmrepl::transaction
@@ -306,19 +307,6 @@ OnExecutorFinish(QueryDesc *query)
 		AfterStatement();
 }
 
-static void
-RunUtility(PlannedStmt *statement, const char *text, bool read_only, ProcessUtilityContext context,
-		   ParamListInfo params, QueryEnvironment *environment, DestReceiver *dest,
-		   QueryCompletion *completion)
-{
-	if (previous_process_utility)
-		previous_process_utility(statement, text, read_only, context, params, environment, dest,
-								 completion);
-	else
-		standard_ProcessUtility(statement, text, read_only, context, params, environment, dest,
-								completion);
-}
-
 static bool
 IsCommitPrepared(const PlannedStmt *statement)
 {
@@ -348,7 +336,8 @@ OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
 {
 	if (shmem::Ready() && IsCommitPrepared(statement))
 		BeginLateCommit();
-	RunUtility(statement, text, read_only, context, params, environment, dest, completion);
+	RunUtility(previous_process_utility,
+			   {statement, text, read_only, context, params, environment, dest, completion});
 	AfterStatement();
 }
 

@@ -6,6 +6,7 @@
  * only autovacuum to do so.  The workers are ended here before the command runs;
  * if the database is still there afterwards, a scout brings them back.
  */
+#include "mmrepl/base.hpp"
 #include "mmrepl/transaction.hpp"
 #include "worker_internal.hpp"
 
@@ -111,25 +112,13 @@ DropsExtension(const Node *statement)
 }
 
 static void
-RunUtility(PlannedStmt *statement, const char *text, bool read_only, ProcessUtilityContext context,
-		   ParamListInfo params, QueryEnvironment *environment, DestReceiver *dest,
-		   QueryCompletion *completion)
-{
-	if (previous_process_utility)
-		previous_process_utility(statement, text, read_only, context, params, environment, dest,
-								 completion);
-	else
-		standard_ProcessUtility(statement, text, read_only, context, params, environment, dest,
-								completion);
-}
-
-static void
 OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
 				 ProcessUtilityContext context, ParamListInfo params, QueryEnvironment *environment,
 				 DestReceiver *dest, QueryCompletion *completion)
 {
 	auto run = [&] {
-		RunUtility(statement, text, read_only, context, params, environment, dest, completion);
+		RunUtility(previous_process_utility,
+				   {statement, text, read_only, context, params, environment, dest, completion});
 	};
 	Oid database = InvalidOid;
 
