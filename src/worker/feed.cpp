@@ -451,6 +451,9 @@ EndOfRefs(Feed *feed)
 static bool
 FillFromTables(Feed *feed, Shipment *shipment, const Budget &budget)
 {
+	/* A late head on its way would be found again: its removal comes with the answer. */
+	if (feed->refs == NULL && feed->late_unremoved > 0)
+		return false;
 	if (feed->refs == NULL)
 		ReadTables(feed);
 	bool found = feed->n_refs > 0;
@@ -469,6 +472,7 @@ Rewind(Feed *feed, Shipment *shipment, uint64 position)
 {
 	MemoryContext parent = MemoryContextGetParent(shipment->context);
 
+	feed->late_unremoved -= list_length(shipment->late);
 	EndShipment(shipment);
 	StartShipment(shipment, parent);
 	feed->position = position;

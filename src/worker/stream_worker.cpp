@@ -103,6 +103,7 @@ Upkeep(Session *session)
 									 pg_atomic_read_u64(&session->shared->acked));
 	});
 	InTransaction([&] { queue::Rotate(); });
+	SetLatch(MyLatch); /* a wait for a table's lock may have swallowed a wake-up */
 	session->persisted = confirmed;
 	session->upkeep_at = now + kUpkeepEvery;
 	pgstat_report_stat(false);
