@@ -45,7 +45,11 @@ pg_attribute_noreturn() static void Retire(Session *session)
 	proc_exit(0);
 }
 
-/* adopt_node() gives the database another identity: greet the peer again as that. */
+/*
+ * adopt_node() gives the database another identity: greet the peer again as that.
+ * What it has confirmed to the former one says nothing.  (Looked at before the
+ * stream's row is read; whoever sees the new identity sees the row reset.)
+ */
 static void
 FollowNode(Session *session)
 {
@@ -56,6 +60,9 @@ FollowNode(Session *session)
 	if (session->conn != NULL)
 		DropPeer(session);
 	session->feed.node = node;
+	(void) catalog::ForgetAcked(session->stream);
+	pg_atomic_write_u64(&session->shared->acked, 0);
+	session->position_loaded = false;
 }
 
 static void
@@ -63,10 +70,12 @@ ReadConfiguration(Session *session)
 {
 	catalog::StreamRow row = {};
 
-	if (!catalog::ExtensionExists() || !catalog::ReadStreamRow(session->stream, &row))
+	if (!catalog::ExtensionExists())
+		Retire(session);
+	FollowNode(session);
+	if (!catalog::ReadStreamRow(session->stream, &row))
 		Retire(session);
 	queue::EnsureReady();
-	FollowNode(session);
 	if (!session->position_loaded)
 		queue::Acknowledged(*session->shared, row.acked);
 	session->position_loaded = true;
