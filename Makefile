@@ -5,6 +5,7 @@
 #   make check            build, install privately below tmp_check/, run every test; as root or as anybody
 #   make check TESTS=...  the same with only the named test files, e.g. TESTS="test/sql/pairs.sql t/020_worker.pl"
 #   make check-long       the tests plus t/long/*.pl, with MMREPL_LONG=1
+#   make fault-library    the same library with fault points, for the tests in t/fault
 #   make check-frames check-includes check-style     the static checks, see .ci/README.md
 #   make check-matrix     the tests on newer PostgreSQL majors, in chroots
 #   make check-fresh      check and demo in a fresh minimal system
@@ -22,7 +23,12 @@ headers     := $(sort $(wildcard include/mmrepl/*.hpp include/mmrepl/*/*.hpp src
 OBJS         = $(sources:.cpp=.o)
 DATA         = $(wildcard sql/$(EXTENSION)--*--*.sql)
 DATA_built   = sql/$(EXTENSION)--$(version).sql
-EXTRA_CLEAN  = .build-flags tmp_check tmp_demo output_iso
+EXTRA_CLEAN  = .build-flags .fault tmp_check tmp_demo output_iso $(fault_objects)
+
+# The library with fault points (see include/mmrepl/fault.hpp) shares every object in which none is.
+fault_library = .fault/$(MODULE_big).so
+fault_sources := $(shell grep -lE 'MMREPL_(FAULT|CRASH|IN_TEST)' $(sources))
+fault_objects = $(fault_sources:.cpp=.fault.o)
 
 PG_CONFIG   ?= pg_config
 PGXS        := $(shell $(PG_CONFIG) --pgxs 2>/dev/null)
@@ -86,6 +92,18 @@ build_flags := $(shell $(PG_CONFIG) --version) $(CXX) $(CXXFLAGS) $(CPPFLAGS) $(
 $(OBJS) $(OBJS:.o=.bc): .build-flags Makefile
 .PHONY: FORCE
 
+.PHONY: fault-library install-fault
+fault-library: $(fault_library)
+$(fault_library): $(filter-out $(fault_sources:.cpp=.o),$(OBJS)) $(fault_objects)
+	@mkdir -p $(@D)
+	$(LINK.shared) -o $@ $^ $(LDFLAGS) $(LDFLAGS_SL) $(SHLIB_LINK)
+$(fault_objects): %.fault.o: %.cpp $(headers) .build-flags Makefile
+	$(COMPILE.cc) -DMMREPL_FAULT_POINTS -o $@ $<
+
+# Only ever into a private copy of PostgreSQL.
+install-fault: install $(fault_library)
+	$(INSTALL_SHLIB) $(fault_library) '$(DESTDIR)$(pkglibdir)/$(MODULE_big).so'
+
 # What scripts need to know about this build.
 jobs         = $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(or $(MMREPL_JOBS),2))
 script_env   = PG_CONFIG='$(PG_CONFIG)' MAKE='$(MAKE)' REGRESS='$(REGRESS)' ISOLATION='$(ISOLATION)' TESTS='$(TESTS)'
@@ -97,11 +115,11 @@ check: private SHELL = true
 
 .PHONY: run-check check-long installcheck
 run-check: deps
-	+$(MAKE) $(jobs) all
+	+$(MAKE) $(jobs) all fault-library
 	+$(script_env) scripts/run-tests
 
 check-long: deps
-	+$(MAKE) $(jobs) all
+	+$(MAKE) $(jobs) all fault-library
 	+$(script_env) MMREPL_LONG=1 scripts/run-tests
 
 installcheck:

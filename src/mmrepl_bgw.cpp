@@ -4,6 +4,7 @@
  */
 #include "mmrepl/capture.hpp"
 #include "mmrepl/catalog.hpp"
+#include "mmrepl/fault.hpp"
 #include "mmrepl/guc.hpp"
 #include "mmrepl/shmem.hpp"
 #include "mmrepl/stats.hpp"
@@ -29,6 +30,8 @@ _PG_init(void)
 		return;
 	mmrepl::shmem::AddRegion("mmrepl statistics", mmrepl::stats::SharedSize,
 							 mmrepl::stats::InitShared);
+	MMREPL_IN_TEST_BUILD(mmrepl::shmem::AddRegion("mmrepl fault points", mmrepl::fault::SharedSize,
+												  mmrepl::fault::InitShared));
 	mmrepl::shmem::Init();
 	mmrepl::capture::Init();
 	mmrepl::transaction::Init();

@@ -28,4 +28,9 @@ Datum SqlHello(FunctionCallInfo fcinfo);
 /* Forget per-transaction state (called at the end of a transaction, committed or not). */
 void AtTransactionEnd();
 
+#ifdef MMREPL_FAULT_POINTS
+/* The fault point of a transaction that has called apply() and is about to commit. */
+void HitBeforeCommit();
+#endif
+
 } // namespace mmrepl::apply

@@ -96,6 +96,7 @@ extern "C" {
 #include "storage/lmgr.h"
 #include "storage/lock.h"
 #include "storage/lwlock.h"
+#include "storage/pmsignal.h"
 #include "storage/proc.h"
 #include "storage/procarray.h"
 #include "storage/shmem.h"
@@ -133,6 +134,7 @@ extern "C" {
 #include "utils/wait_event.h"
 #include "utils/xid8.h"
 #include <poll.h>
+#include <sys/stat.h>
 }
 
 #include "mmrepl/compat.hpp"

@@ -4,6 +4,7 @@
  */
 #include "apply_internal.hpp"
 
+#include "mmrepl/fault.hpp"
 namespace mmrepl::apply
 {
 
@@ -23,6 +24,8 @@ static struct
 	uint32 next_part;
 	int64 conflicts;
 } parts;
+
+MMREPL_IN_TEST_BUILD(static bool applied_here;) /* this transaction has called apply() */
 
 /* A transaction's head in the batch. */
 struct Transaction
@@ -252,6 +255,7 @@ ApplyTransactions(Session *session, uint64 watermark)
 		session->ticket = transaction.ticket;
 		session->xid = transaction.xid;
 		apply = Admit(session->header, transaction, first, watermark);
+		MMREPL_FAULT_POINT("apply-transaction-begun");
 		for (uint32 i = 0; i < transaction.segments; i++)
 		{
 			uint32 length = session->reader.U32();
@@ -261,6 +265,7 @@ ApplyTransactions(Session *session, uint64 watermark)
 				ApplySegment(session, data, length);
 		}
 		FlushTruncates(session);
+		MMREPL_FAULT_POINT("apply-transaction-written");
 	}
 	CloseTargets(session);
 	return apply;
@@ -315,16 +320,22 @@ ApplyQueued(Session *session)
 	Progress progress;
 
 	LockProgress(&progress, header.node, header.stream);
+	MMREPL_FAULT_POINT("apply-locked");
 	if (header.part > 0)
 		CheckPart(header);
 	else
 		CheckPrevious(header, progress.watermark);
 
 	bool applied = ApplyTransactions(session, progress.watermark);
+
+	MMREPL_FAULT_POINT("apply-rows-written");
 	uint64 watermark = progress.watermark;
 
 	if (header.More())
+	{
 		ExpectPart(session, applied);
+		MMREPL_FAULT_POINT("apply-part-done");
+	}
 	else
 	{
 		int64 conflicts = session->conflicts + (header.part > 0 ? parts.conflicts : 0);
@@ -333,8 +344,12 @@ ApplyQueued(Session *session)
 		watermark = Max(watermark, header.last);
 		if (watermark > progress.watermark || conflicts > 0)
 			SaveProgress(&progress, watermark, conflicts);
+		MMREPL_FAULT_POINT("apply-watermark-saved");
 		if (header.sweep_xid != 0)
+		{
 			SweepMarkers(header.node, header.stream, header.sweep_xid);
+			MMREPL_FAULT_POINT("apply-markers-swept");
+		}
 	}
 	CloseProgress(&progress);
 	return watermark;
@@ -380,13 +395,18 @@ Run(Session *session)
 	Begin(session);
 	InContext(session->context, [&] {
 		initStringInfo(&session->scratch);
+		MMREPL_FAULT_POINT("apply-begun");
 		if (session->header.Inline())
+		{
 			ApplyTransactions(session, 0);
+			MMREPL_FAULT_POINT("apply-inline-written");
+		}
 		else
 			watermark = ApplyQueued(session);
 	});
 	End(session);
 	error_context_stack = callback.previous;
+	MMREPL_IN_TEST_BUILD(applied_here = true);
 	return watermark;
 }
 
@@ -433,10 +453,24 @@ Watermark(const pg_uuid_t &node, int32 stream)
 	return progress.watermark;
 }
 
+#ifdef MMREPL_FAULT_POINTS
+void
+HitBeforeCommit()
+{
+	if (applied_here)
+		MMREPL_FAULT_POINT("apply-before-commit");
+}
+#endif
+
 /* A part of the next transaction cannot follow one of this. */
 void
 AtTransactionEnd()
 {
+#ifdef MMREPL_FAULT_POINTS
+	if (applied_here)
+		MMREPL_CRASH_POINT("apply-after-end");
+	applied_here = false;
+#endif
 	parts.active = false;
 }
 

@@ -4,6 +4,8 @@
  */
 #include "mmrepl/guc.hpp"
 
+#include "mmrepl/fault.hpp"
+
 namespace mmrepl::guc
 {
 
@@ -116,6 +118,17 @@ DefineSessionSettings()
 							 PGC_USERSET, 0, NULL, NULL, NULL);
 }
 
+/* What only a test build has. */
+static void
+DefineTestSettings()
+{
+#ifdef MMREPL_FAULT_POINTS
+	DefineCustomStringVariable("mmrepl.fault", "Fault to inject: point:action:nth.", NULL,
+							   &fault::setting, "", PGC_SUSET, GUC_NOT_IN_SAMPLE,
+							   fault::CheckSetting, fault::AssignSetting, NULL);
+#endif
+}
+
 void
 Init()
 {
@@ -123,6 +136,7 @@ Init()
 		DefineSharedMemorySettings();
 	DefineWorkerSettings();
 	DefineSessionSettings();
+	DefineTestSettings();
 	MarkGUCPrefixReserved("mmrepl");
 }
 

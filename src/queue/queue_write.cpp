@@ -2,6 +2,7 @@
  * queue_write.cpp
  *		Head and chunk rows, written with the heap API in the user's transaction.
  */
+#include "mmrepl/fault.hpp"
 #include "queue_internal.hpp"
 
 namespace mmrepl::queue
@@ -89,6 +90,7 @@ WriteSegment(Relation rel, Outgoing *out, const change::Segment *segment)
 		SET_VARSIZE(slice.bytes, length + VARHDRSZ);
 		InsertRow(rel, row, (bytea *) slice.bytes, &tid);
 		NoteChunk(&out->place, tid);
+		MMREPL_FAULT_POINT("queue-chunk-written");
 	}
 	out->place.bytes += segment->length;
 }
@@ -181,7 +183,9 @@ WriteHead(Outgoing *out, uint64 ticket)
 	SET_VARSIZE(payload.bytes, out->payload.len + VARHDRSZ);
 	InsertRow(rel, row, (bytea *) payload.bytes, &tid);
 	table_close(rel, NoLock);
+	MMREPL_FAULT_POINT("queue-head-written");
 	FillEntry(out);
+	MMREPL_FAULT_POINT("queue-entry-filled");
 }
 
 } // namespace mmrepl::queue

@@ -8,6 +8,7 @@
  * and every head row in it is at its peer.  It is truncated in place, as VACUUM
  * does: no catalog row changes, no file is made.
  */
+#include "mmrepl/fault.hpp"
 #include "queue_internal.hpp"
 
 namespace mmrepl::queue
@@ -54,8 +55,10 @@ RestoreClock(shmem::Database &database)
 	highest = Max(highest, HighestConfirmed());
 	pg_atomic_write_u32(&database.active_table, table);
 	RaiseClock(highest);
+	MMREPL_FAULT_POINT("clock-raised");
 	pg_write_barrier();
 	pg_atomic_write_u32(&database.ready, 1);
+	MMREPL_FAULT_POINT("clock-ready");
 }
 
 void
@@ -99,8 +102,11 @@ SwitchTable(shmem::Database &database)
 	uint32 next = (active + 1) % shmem::kQueueTables;
 	uint64 limit = (uint64) guc::rotate_size * 1024 / BLCKSZ;
 
-	if (BlocksOf(active) >= limit && BlocksOf(next) == 0)
-		pg_atomic_write_u32(&database.active_table, next);
+	if (BlocksOf(active) < limit || BlocksOf(next) > 0)
+		return;
+	MMREPL_FAULT_POINT("rotate-begin");
+	pg_atomic_write_u32(&database.active_table, next);
+	MMREPL_FAULT_POINT("rotate-switched");
 }
 
 /* The position of a stream below which its rows may go; none left: everything may. */
@@ -149,8 +155,13 @@ EmptyTable(uint32 table)
 		return;
 	Relation rel = table_open(oid, NoLock);
 
+	MMREPL_FAULT_POINT("rotate-locked");
 	if (AllConfirmed(rel))
+	{
+		MMREPL_FAULT_POINT("rotate-emptying");
 		table_relation_nontransactional_truncate(rel);
+		MMREPL_FAULT_POINT("rotate-emptied");
+	}
 	table_close(rel, NoLock);
 }
 

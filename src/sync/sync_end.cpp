@@ -7,6 +7,7 @@
  */
 #include "sync_internal.hpp"
 
+#include "mmrepl/fault.hpp"
 #include "mmrepl/guc.hpp"
 
 namespace mmrepl::sync
@@ -120,6 +121,7 @@ SubAbort(Work *work, int nest_level)
 		return;
 	snprintf(sql, sizeof(sql), "ROLLBACK TO SAVEPOINT s%d; RELEASE SAVEPOINT s%d", nest_level,
 			 nest_level);
+	MMREPL_CRASH_POINT("sync-savepoint-undoing");
 	if (Usable(work) && connection::ExecQuietly(work->conn, sql, QuietTimeout()))
 	{
 		work->remote_level = nest_level - 1;
@@ -154,7 +156,10 @@ void
 Abort(Work *work)
 {
 	if (work->conn != NULL)
+	{
+		MMREPL_CRASH_POINT("sync-rolling-back");
 		RollBack(work);
+	}
 	Reset(work);
 }
 

@@ -6,6 +6,7 @@
 
 #include "mmrepl/catalog.hpp"
 #include "mmrepl/delivery.hpp"
+#include "mmrepl/fault.hpp"
 #include "mmrepl/guc.hpp"
 
 namespace mmrepl::sync
@@ -216,6 +217,7 @@ Reach(const Request &request, bool *fresh)
 	outcome = Introduce(request, notes);
 	if (outcome == Outcome::Done)
 		outcome = SetLockTimeout(request, notes);
+	MMREPL_FAULT_POINT("sync-reached");
 	return outcome;
 }
 
@@ -262,11 +264,15 @@ BeforeCommit(Work *work)
 	RequireUsable(work);
 	if (!work->begun)
 		return;
+	MMREPL_FAULT_POINT("sync-before-check");
 	Guarded([&] { res = connection::TryExec(work->conn, kCommand, 0, NULL, deadline, &failure); },
 			[&] { Abandon(work, work->parts); });
 	PQclear(res);
 	if (res != NULL)
+	{
+		MMREPL_FAULT_POINT("sync-checked");
 		return;
+	}
 	if (Judge(work, &failure) == Outcome::Lost)
 		Abandon(work, work->parts);
 	else

@@ -15,6 +15,7 @@
 
 #include "mmrepl/catalog.hpp"
 #include "mmrepl/delivery.hpp"
+#include "mmrepl/fault.hpp"
 
 namespace mmrepl::sync
 {
@@ -259,7 +260,9 @@ SendPart(const Request &request, Segment **next)
 	QueueBatch(&pipeline, *next, end);
 	if (!pipeline.sent || PQpipelineSync(pipeline.conn) != 1)
 		return LostUnless(&pipeline, Outcome::Done);
+	MMREPL_FAULT_POINT("sync-part-sent");
 	outcome = Collect(&pipeline);
+	MMREPL_FAULT_POINT("sync-part-answer");
 	if (outcome != Outcome::Lost && PQexitPipelineMode(pipeline.conn) != 1)
 		outcome = LostUnless(&pipeline, outcome);
 	pfree(pipeline.steps.data);

@@ -17,6 +17,7 @@
 
 #include "mmrepl/apply.hpp"
 #include "mmrepl/base.hpp"
+#include "mmrepl/fault.hpp"
 #include "mmrepl/origin.hpp"
 
 namespace mmrepl::transaction
@@ -73,14 +74,21 @@ BeforeCommit(bool prepare)
 {
 	if (current.works == NULL)
 		return;
+	MMREPL_FAULT_POINT("commit-begin");
 	FinishInline(prepare);
+	MMREPL_FAULT_POINT("commit-peers-ready");
 	PrepareParts(prepare);
 	current.written = true;
 	if (current.n_parts == 0)
 		return;
+	MMREPL_FAULT_POINT("commit-parts-ready");
 	current.ticket = queue::DrawTicket(current.parts, current.n_parts, !prepare);
+	MMREPL_FAULT_POINT("commit-ticket-drawn");
 	for (int i = 0; i < current.n_parts; i++)
 		queue::WriteHead(current.parts[i], current.ticket);
+	MMREPL_FAULT_POINT("commit-heads-written");
+	if (prepare)
+		MMREPL_FAULT_POINT("prepare-heads-written");
 }
 
 /* ---- after the end; nothing here may raise ---- */
@@ -120,8 +128,10 @@ EndInline(Work *work)
 		sync::Abort(work->inlined);
 		return queue::Fate::Committed;
 	}
+	MMREPL_CRASH_POINT("commit-before-peer");
 	bool delivered = sync::Commit(work->inlined);
 
+	MMREPL_CRASH_POINT("commit-after-peer");
 	CountSync(work, delivered);
 	return delivered ? queue::Fate::Delivered : queue::Fate::Committed;
 }
@@ -140,6 +150,7 @@ SettleAll(queue::Fate fate)
 		if (current.ticket != 0 && work->changes > 0)
 			queue::Settle(&work->out, current.ticket, own);
 	}
+	MMREPL_CRASH_POINT("commit-entries-settled");
 	if (current.ticket != 0)
 		queue::SettleTicket(current.parts, current.n_parts);
 }
@@ -169,6 +180,8 @@ OnResourceRelease(ResourceReleasePhase phase, bool, bool top_level, void *)
 {
 	if (phase != RESOURCE_RELEASE_AFTER_LOCKS || !top_level)
 		return;
+	if (to_wake.streams != 0)
+		MMREPL_CRASH_POINT("commit-before-wake");
 	for (int slot = 0; to_wake.streams != 0; slot++, to_wake.streams >>= 1)
 		if (to_wake.streams & 1)
 			shmem::CallForAttention(shmem::Get().streams[slot]);
@@ -182,8 +195,24 @@ OnResourceRelease(ResourceReleasePhase phase, bool, bool top_level, void *)
 static void
 EndLateCommit(shmem::Database &database)
 {
+	MMREPL_CRASH_POINT("late-ending");
 	pg_atomic_fetch_add_u64(&database.late, (int64) shmem::LateWord::kEnd);
+	MMREPL_CRASH_POINT("late-ended");
 	shmem::NudgeWorkersOf(MyDatabaseId);
+}
+
+/* The fault point of each way in which a transaction can end. */
+static void
+HitEnd([[maybe_unused]] queue::Fate fate)
+{
+	if (fate == queue::Fate::Committed)
+		MMREPL_CRASH_POINT("commit-visible");
+	else if (fate == queue::Fate::Prepared)
+		MMREPL_CRASH_POINT("prepare-durable");
+	else if (current.ticket != 0)
+		MMREPL_CRASH_POINT("abort-with-ticket");
+	else
+		MMREPL_CRASH_POINT("abort-begin");
 }
 
 static void
@@ -191,7 +220,9 @@ AfterEnd(queue::Fate fate)
 {
 	if (current.works != NULL)
 	{
+		HitEnd(fate);
 		SettleAll(fate);
+		MMREPL_CRASH_POINT("commit-ticket-settled");
 		if (fate == queue::Fate::Committed)
 			AddPairCounts();
 	}
@@ -209,6 +240,7 @@ OnXactEvent(XactEvent event, void *)
 	switch (event)
 	{
 		case XACT_EVENT_PRE_COMMIT:
+			MMREPL_IN_TEST_BUILD(apply::HitBeforeCommit());
 			BeforeCommit(false);
 			break;
 		case XACT_EVENT_PRE_PREPARE:
@@ -233,6 +265,7 @@ OnXactEvent(XactEvent event, void *)
 static void
 BeforeSubCommit(int level)
 {
+	MMREPL_FAULT_POINT("savepoint-release");
 	for (Work *work = current.works; work != NULL; work = work->next)
 		if (work->inlined != NULL)
 			sync::SubCommit(work->inlined, level);
@@ -250,6 +283,7 @@ OnSubAbort(int level)
 {
 	bool pending = false;
 
+	MMREPL_CRASH_POINT("savepoint-abort");
 	for (Work *work = current.works; work != NULL; work = work->next)
 	{
 		if (work->inlined != NULL)
@@ -327,6 +361,7 @@ BeginLateCommit()
 		return;
 	pg_atomic_fetch_add_u64(&database->late, (int64) shmem::LateWord::kBegin);
 	current.late = database;
+	MMREPL_FAULT_POINT("late-begun");
 }
 
 static void
@@ -338,6 +373,8 @@ OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
 		BeginLateCommit();
 	RunUtility(previous_process_utility,
 			   {statement, text, read_only, context, params, environment, dest, completion});
+	if (current.late != NULL)
+		MMREPL_FAULT_POINT("late-visible");
 	AfterStatement();
 }
 

@@ -10,6 +10,7 @@
 #include "transaction_internal.hpp"
 
 #include "mmrepl/catalog.hpp"
+#include "mmrepl/fault.hpp"
 
 namespace mmrepl::transaction
 {
@@ -249,9 +250,11 @@ SpillWork(Work *work)
 
 	if (from == NULL || from == work->last)
 		return;
+	MMREPL_FAULT_POINT("spill-begin");
 	queue::Spill(&work->out, from, work->last);
 	work->spilled = true;
 	DropSpilled(work, from);
+	MMREPL_FAULT_POINT("spill-end");
 }
 
 /* ---- inline flush ---- */
@@ -411,6 +414,7 @@ FlushWork(Work *work)
 			return sync::Start(work->route.stream, work->route.server, work->route.owner,
 							   work->route.server_name);
 		});
+	MMREPL_FAULT_POINT("sync-begin");
 	Guarded(
 		[&] {
 			done =
@@ -422,6 +426,7 @@ FlushWork(Work *work)
 	{
 		work->unsent = 0;
 		BoundLocalWaits(work);
+		MMREPL_FAULT_POINT("sync-executed");
 		return;
 	}
 	CountSyncFailure(work);

@@ -9,6 +9,7 @@
  */
 #include "worker_steer.hpp"
 
+#include "mmrepl/fault.hpp"
 namespace mmrepl::worker
 {
 
@@ -59,6 +60,7 @@ Deliver(PGconn *conn, const char *server, Feed *feed, Shipment *shipment)
 		PGresult *res = NULL;
 		PGresult *last = NULL;
 
+		MMREPL_FAULT_POINT("deal-batch-built");
 		if (!delivery::Send(conn, &shipment->batch))
 			connection::Report(conn, NULL, server, "mmrepl.apply()");
 		while ((res = connection::GetResult(conn, deadline)) != NULL)
@@ -69,6 +71,7 @@ Deliver(PGconn *conn, const char *server, Feed *feed, Shipment *shipment)
 		if (PQresultStatus(last) != PGRES_TUPLES_OK)
 			connection::Report(conn, last, server, "mmrepl.apply()");
 		PQclear(last);
+		MMREPL_FAULT_POINT("deal-answer");
 		pg_atomic_fetch_add_u64(&feed->shared->counters.bytes_sent, shipment->batch.buf.len);
 		if (shipment->all_sent)
 			break;
@@ -76,8 +79,13 @@ Deliver(PGconn *conn, const char *server, Feed *feed, Shipment *shipment)
 		NextPart(feed, shipment, (int64) guc::batch_size * 1024);
 	}
 	if (shipment->large)
+	{
+		MMREPL_FAULT_POINT("deal-large-sent");
 		PQclear(connection::Exec(conn, server, "COMMIT", deadline));
+	}
+	MMREPL_FAULT_POINT("deal-peer-committed");
 	Applied(feed, shipment);
+	MMREPL_FAULT_POINT("deal-applied");
 }
 
 /* Drain up to the limit over an open connection. */
@@ -115,6 +123,7 @@ Drain(const catalog::StreamRow *row, int64 limit)
 	Feed feed;
 
 	TakeOver(row, slot);
+	MMREPL_FAULT_POINT("deal-locked");
 	connection::Target *target = connection::Resolve(row->server, row->owner);
 	PGconn *conn = connection::Open(target, connection::DeadlineIn(guc::connect_timeout), &failure);
 

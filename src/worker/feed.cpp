@@ -10,6 +10,7 @@
  */
 #include "feed_internal.hpp"
 
+#include "mmrepl/fault.hpp"
 namespace mmrepl::worker
 {
 
@@ -107,6 +108,7 @@ ResetFeed(Feed *feed, uint64 watermark)
 	feed->late_unremoved = 0;
 	feed->late_reached = pg_atomic_read_u32(&feed->shared->late_confirmed);
 	feed->late_open = false;
+	MMREPL_FAULT_POINT("feed-reset");
 }
 
 /* ---- shipments ---- */
@@ -218,6 +220,7 @@ TakeChunked(Feed *feed, Shipment *shipment, const queue::Place &place, const Wai
 	OpenChunks(feed, shipment, place, waiting.xid);
 	if (large)
 	{
+		MMREPL_FAULT_POINT("feed-large-begun");
 		shipment->large = true;
 		shipment->large_xid = waiting.xid;
 		shipment->large_flags = TransactionFlags(waiting.flags);
@@ -369,6 +372,7 @@ ReadTables(Feed *feed)
 	feed->from_tables = true; /* until all that is found now has been sent */
 	feed->late_seen = queue::ReadLate(*feed->database).Ended();
 	feed->refs_below = queue::ResolvedBelow(*feed->shared, feed->slot);
+	MMREPL_FAULT_POINT("feed-lowest-read");
 	InTransaction([&] {
 		InContext(feed->context, [&] {
 			queue::Collected waiting =

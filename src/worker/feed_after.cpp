@@ -4,10 +4,15 @@
  */
 #include "feed_internal.hpp"
 
+#include "mmrepl/fault.hpp"
 namespace mmrepl::worker
 {
 
+#ifdef MMREPL_FAULT_POINTS
+constexpr uint64 kSweepEvery = 4; /* often enough for a test */
+#else
 constexpr uint64 kSweepEvery = 1000; /* inline transactions */
+#endif
 
 /* ---- after delivery ---- */
 
@@ -21,7 +26,9 @@ RemoveLate(Feed *feed, Shipment *shipment)
 	InTransaction([&] {
 		foreach(cell, shipment->late)
 			(void) queue::RemoveHead(*(const queue::Ref *) lfirst(cell));
+		MMREPL_FAULT_POINT("late-removing");
 	});
+	MMREPL_FAULT_POINT("late-removed");
 	feed->late_unremoved -= list_length(shipment->late);
 }
 
@@ -60,6 +67,7 @@ Applied(Feed *feed, Shipment *shipment)
 	RemoveLate(feed, shipment);
 	queue::Discount(stream, shipment->transactions, shipment->changes, shipment->bytes);
 	queue::Confirm(stream, shipment->confirm_to);
+	MMREPL_FAULT_POINT("worker-confirmed");
 	queue::Acknowledged(stream, shipment->confirm_to);
 	queue::ConfirmLate(stream, shipment->late_to);
 	pg_atomic_fetch_add_u64(&counters.transactions_applied, shipment->transactions);
@@ -88,6 +96,7 @@ ChooseSweep(Feed *feed)
 	feed->sweep_xid = U64FromFullTransactionId(FullTransactionIdFromEpochAndXid(epoch, oldest));
 	feed->sweep_after = queue::LastTicket(*feed->shared);
 	feed->inline_passed = 0;
+	MMREPL_FAULT_POINT("sweep-chosen");
 }
 
 bool
@@ -103,6 +112,7 @@ SweepShipment(Feed *feed, Shipment *shipment)
 	feed->sweep_xid = 0;
 	InContext(shipment->context, [&] { BeginBatch(feed, shipment, 0); });
 	CloseBatch(feed, shipment);
+	MMREPL_FAULT_POINT("sweep-built");
 	feed->watermark = feed->position;
 	return true;
 }

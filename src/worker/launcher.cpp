@@ -10,6 +10,7 @@
  */
 #include "worker_internal.hpp"
 
+#include "mmrepl/fault.hpp"
 namespace mmrepl::worker
 {
 
@@ -218,6 +219,7 @@ RunScout(Oid)
 
 		if (!catalog::ExtensionExists())
 			return;
+		MMREPL_FAULT_POINT("scout-begun");
 		queue::EnsureReady();
 		foreach(cell, catalog::AllStreams())
 		{
@@ -230,6 +232,7 @@ RunScout(Oid)
 								  errmsg("mmrepl: stream %d cannot be served", row->id),
 								  errdetail("Its changes are queued and stay so."),
 								  errhint("Raise \"mmrepl.max_servers\" and restart the server.")));
+			MMREPL_FAULT_POINT("scout-registered");
 		}
 	});
 }
@@ -268,7 +271,9 @@ StartWorker(int slot)
 	snprintf(worker.bgw_name, sizeof(worker.bgw_name), "mmrepl stream %d of database %u", stream.id,
 			 stream.database);
 	worker.bgw_main_arg = Int32GetDatum(slot);
+	MMREPL_FAULT_POINT("launcher-starting");
 	wards[slot].handle = StartProcess(&worker);
+	MMREPL_FAULT_POINT("launcher-started");
 	wards[slot].started_at = GetCurrentTimestamp();
 	if (wards[slot].handle == NULL)
 		wards[slot].start_at = wards[slot].started_at + kMinRestart * 10;

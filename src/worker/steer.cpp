@@ -2,6 +2,7 @@
  * steer.cpp
  *		pause, resume, retry_now, skip, wait_for_replay.
  */
+#include "mmrepl/fault.hpp"
 #include "mmrepl/transaction.hpp"
 #include "worker_steer.hpp"
 
@@ -280,8 +281,11 @@ SkipIn(const catalog::StreamRow *row, const char *server, uint64 ticket, text *r
 		return false;
 	skipped.queries = initArrayResult(TEXTOID, CurrentMemoryContext, false);
 	queue::ReadSegments(ref, row->id, RecordSegment, &skipped);
+	MMREPL_FAULT_POINT("skip-read");
 	InsertSkipped(server, ref, &skipped, reason);
+	MMREPL_FAULT_POINT("skip-recorded");
 	(void) queue::RemoveHead(ref);
+	MMREPL_FAULT_POINT("skip-removed");
 	queue::Discount(stream, 1, ref.changes, ref.bytes);
 	AskRetry(stream);
 	*changes = skipped.changes;

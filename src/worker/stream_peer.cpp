@@ -4,6 +4,7 @@
  */
 #include "stream_session.hpp"
 
+#include "mmrepl/fault.hpp"
 namespace mmrepl::worker
 {
 
@@ -16,6 +17,7 @@ ReleaseLock(Session *session)
 		return;
 	session->holds_lock = false;
 	InTransaction([&] { queue::ReleaseOrderingLock(session->lock); });
+	MMREPL_CRASH_POINT("worker-lock-released");
 }
 
 /* Forget connection, batches on their way and the lock; the queue still has everything. */
@@ -140,6 +142,7 @@ Attend(Session *session)
 	});
 	if (session->conn != NULL && session->target->hash != before)
 		DropPeer(session);
+	MMREPL_FAULT_POINT("worker-attended");
 	session->attention_seen = attention;
 	session->attended = true;
 }
@@ -158,6 +161,7 @@ OpenPeer(Session *session)
 		Fail(session, &failure, false);
 		return false;
 	}
+	MMREPL_FAULT_POINT("worker-connected");
 	session->events = NewWaitEventSet(3);
 	AddWaitEventToSet(session->events, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
 	AddWaitEventToSet(session->events, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
@@ -174,6 +178,7 @@ TakeLock(Session *session)
 	InTransaction([&] {
 		session->holds_lock = queue::TakeOrderingLock(session->stream, true, false, &session->lock);
 	});
+	MMREPL_FAULT_POINT("worker-locked");
 	return session->holds_lock;
 }
 
@@ -189,6 +194,7 @@ Greet(Session *session)
 	session->shared->peer_node = peer.node;
 	session->shared->peer_known = true;
 	SpinLockRelease(&session->shared->mutex);
+	MMREPL_FAULT_POINT("worker-greeted");
 	ResetFeed(&session->feed, peer.watermark);
 	if (!PQenterPipelineMode(session->conn))
 		ereport(ERROR, (errcode(ERRCODE_CONNECTION_FAILURE),

@@ -9,6 +9,7 @@
  */
 #include "stream_session.hpp"
 
+#include "mmrepl/fault.hpp"
 namespace mmrepl::worker
 {
 
@@ -40,6 +41,7 @@ Broken(Session *session)
 static bool
 SendBatch(Session *session, Shipment *shipment)
 {
+	MMREPL_FAULT_POINT("worker-batch-built");
 	bool sent =
 		delivery::Send(session->conn, &shipment->batch) &&
 		(shipment->all_sent ? PQpipelineSync(session->conn) : PQsendFlushRequest(session->conn));
@@ -48,6 +50,7 @@ SendBatch(Session *session, Shipment *shipment)
 	pg_atomic_fetch_add_u64(&session->shared->counters.bytes_sent, shipment->batch.buf.len);
 	if (!sent)
 		Broken(session);
+	MMREPL_FAULT_POINT("worker-batch-sent");
 	return sent;
 }
 
@@ -86,6 +89,7 @@ StartOne(Session *session)
 		return false;
 	}
 	session->outstanding++;
+	MMREPL_FAULT_POINT("worker-before-flush");
 	FlushCommits();
 	return SendBatch(session, shipment);
 }
@@ -125,8 +129,10 @@ TakeResult(Session *session, const PGresult *res)
 	Shipment *shipment = &session->lanes[0];
 
 	shipment->results_due--;
+	MMREPL_FAULT_POINT("worker-answer");
 	if (!shipment->all_sent)
 	{
+		MMREPL_FAULT_POINT("worker-part-answer");
 		NextPart(&session->feed, shipment, (int64) guc::batch_size * 1024);
 		(void) SendBatch(session, shipment);
 		return;
@@ -158,7 +164,9 @@ TakeFailure(Session *session, const PGresult *res)
 static void
 TakeSync(Session *session)
 {
+	MMREPL_FAULT_POINT("worker-peer-committed");
 	Applied(&session->feed, &session->lanes[0]);
+	MMREPL_FAULT_POINT("worker-applied");
 	PopOldest(session);
 	NoteSuccess(session);
 }

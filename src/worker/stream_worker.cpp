@@ -7,6 +7,7 @@
  */
 #include "stream_session.hpp"
 
+#include "mmrepl/fault.hpp"
 namespace mmrepl::worker
 {
 
@@ -66,6 +67,7 @@ EnterSlot(int slot)
 		if (other != 0 && BackendPidGetProc(other) != NULL)
 			proc_exit(0);
 	} while (!TakeSlot(stream, other));
+	MMREPL_FAULT_POINT("worker-started");
 }
 
 static void
@@ -101,7 +103,9 @@ Upkeep(Session *session)
 								 GUC_ACTION_LOCAL, true, 0, false);
 		(void) catalog::SavePosition(session->stream, confirmed,
 									 pg_atomic_read_u64(&session->shared->acked));
+		MMREPL_FAULT_POINT("position-saving");
 	});
+	MMREPL_FAULT_POINT("position-saved");
 	InTransaction([&] { queue::Rotate(); });
 	SetLatch(MyLatch); /* a wait for a table's lock may have swallowed a wake-up */
 	session->persisted = confirmed;

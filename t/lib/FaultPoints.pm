@@ -1,0 +1,175 @@
+# FaultPoints.pm
+#		Fault points of test builds, see include/mmrepl/fault.hpp.
+#
+# NOTES
+#		A fault is named by its setting, 'point:action:nth'.  That it has fired
+#		is a file in the node's data directory, which outlives a crash.
+
+package FaultPoints;
+
+use strict;
+use warnings;
+
+use IPC::Run;
+use Exporter 'import';
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes qw(usleep);
+
+our @EXPORT = qw(fault_points arm_fault disarm_faults fired await_fault
+  release_fault forget_fault bring_back comes_back is_down until_true query);
+
+# Poll code until it returns true, and return that; false when it takes too long.
+sub until_true
+{
+	my ($code) = @_;
+	my $deadline = time() + $MmreplCluster::timeout;
+
+	for (;;)
+	{
+		my $result = $code->();
+		return $result if $result;
+		return '' if time() > $deadline;
+		usleep(20_000);
+	}
+}
+
+# All points of the build: a list of { name, errors, hits }.
+sub fault_points
+{
+	my ($node) = @_;
+
+	my $rows = $node->safe_psql(
+		'postgres', q{
+		CREATE FUNCTION pg_temp.fault_points(OUT name text, OUT errors boolean, OUT hits bigint)
+		RETURNS SETOF record LANGUAGE c AS '$libdir/mmrepl_bgw', 'mmrepl_fault_points';
+		SELECT * FROM pg_temp.fault_points() ORDER BY 1});
+
+	return map {
+		my ($name, $errors, $hits) = split /\|/;
+		{ name => $name, errors => $errors eq 't', hits => $hits }
+	} split /\n/, $rows;
+}
+
+sub mark_of
+{
+	my ($node, $fault) = @_;
+
+	return $node->data_dir . "/mmrepl_fault/$fault";
+}
+
+# Set the fault for the whole node, in its configuration file, and tell everybody.
+sub arm_fault
+{
+	my ($node, $fault) = @_;
+	my $file = $node->data_dir . '/fault.conf';
+	my $conf = $node->data_dir . '/postgresql.conf';
+
+	open(my $out, '>', $file) or die "$file: $!";
+	print $out "mmrepl.fault = '$fault'\n";
+	close($out);
+	$node->append_conf('postgresql.conf', "include 'fault.conf'")
+	  unless slurp_file($conf) =~ /fault\.conf/;
+	$node->reload;
+	return;
+}
+
+# No fault any more; those that wait go on, and all can be armed anew.
+sub disarm_faults
+{
+	my ($node) = @_;
+
+	open(my $out, '>', $node->data_dir . '/fault.conf') or die $!;
+	close($out);
+	unlink glob(mark_of($node, '*'));
+	$node->reload unless is_down($node);
+	return;
+}
+
+# The process in which it has fired, or an empty string.
+sub fired
+{
+	my ($node, $fault) = @_;
+	my $mark = mark_of($node, $fault);
+
+	return '' unless -s $mark;
+	return slurp_file($mark) =~ /^(\d+)$/ ? $1 : '';
+}
+
+sub await_fault
+{
+	my ($node, $fault) = @_;
+
+	return until_true(sub { fired($node, $fault) });
+}
+
+# Let who waits go on.
+sub release_fault
+{
+	my ($node, $fault) = @_;
+
+	truncate(mark_of($node, $fault), 0) or die "$fault: $!";
+	return;
+}
+
+# The same fault may fire again.
+sub forget_fault
+{
+	my ($node, $fault) = @_;
+
+	unlink mark_of($node, $fault) or die "$fault: $!";
+	return;
+}
+
+# One line of psql's output, or undef when the server, or the statement, fails.
+# Unlike $node->psql it writes to no pipe that a dead server has closed.
+sub query
+{
+	my ($node, $sql) = @_;
+	my ($out, $err) = ('', '');
+	my $done = IPC::Run::run(
+		[ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres'), '-c', $sql ],
+		'<', \undef, '>', \$out, '2>', \$err);
+
+	chomp $out;
+	return $done ? $out : undef;
+}
+
+# Passes once a server that restarts itself answers.
+sub comes_back
+{
+	my ($node) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	return ok(until_true(sub { query($node, 'SELECT 1') }), $node->name . ' answers');
+}
+
+sub is_down
+{
+	my ($node) = @_;
+
+	return !defined $node->{_pid} || !kill(0, $node->{_pid});
+}
+
+# Start a server whose postmaster was killed.  Its children may still be ending.
+sub bring_back
+{
+	my ($node) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	until_true(sub { is_down($node) }) or return fail($node->name . ' went down');
+	$node->{_pid} = undef;
+	my $up = until_true(
+		sub {
+			return IPC::Run::run(
+				[
+					'pg_ctl', '-w', '-s', '-D', $node->data_dir, '-l', $node->logfile,
+					'-o', '--cluster-name=' . $node->name, 'start'
+				],
+				'>', '/dev/null', '2>', '/dev/null');
+		});
+	$node->_update_pid(1);
+	return ok($up, $node->name . ' is up again');
+}
+
+1;
