@@ -132,9 +132,9 @@ CREATE TABLE mmrepl.queue_template
 	ticket bigint NOT NULL,
 	xid bigint NOT NULL,
 	stream integer NOT NULL,
-	seq bigint NOT NULL,
-	changes integer NOT NULL,
 	flags smallint NOT NULL,
+	seq bigint,
+	changes integer,
 	payload bytea NOT NULL
 );
 ALTER TABLE mmrepl.queue_template ALTER COLUMN payload SET STORAGE PLAIN;

@@ -538,6 +538,12 @@ section 'prepared transactions' => sub {
 	$alpha->same_rows($beta, 'twophase');
 };
 
+# The integers around both signs of powers of two.
+sub around
+{
+	return map { my $n = 1 << $_; ($n - 1, $n, -$n, -$n - 1) } @_;
+}
+
 section 'every type' => sub {
 	# Types of the same name have other OIDs there.
 	there(
@@ -551,9 +557,14 @@ section 'every type' => sub {
 			'1e100', '123456789012345678901234567890.0987654321'
 		],
 		[ 'numeric(10,3)', '1.5', '-99999.999', q{'NaN'} ],
-		[ 'int2', '-32768', '32767' ],
-		[ 'int4', '-2147483648', '2147483647' ],
-		[ 'int8', '-9223372036854775808', '9223372036854775807' ],
+		[ 'int2', '-32768', '32767', around(7) ],
+		[ 'int4', '-2147483648', '2147483647', around(7, 8, 15, 16, 23) ],
+		[
+			'int8',
+			'-9223372036854775808',
+			'9223372036854775807',
+			around(7, 15, 16, 23, 31, 32, 39, 47, 55)
+		],
 		[
 			'float4', q{'-0'},
 			q{'NaN'}, q{'Infinity'},

@@ -6,14 +6,21 @@
  * A transaction's change set is a sequence of segments, each self-contained:
  *
  *	 segment  := version:u8 record*
- *	 record   := 'R' rel:u16 relation		defines rel for the rest of the segment
- *			   | 'I' rel:u16 tuple			the new row
- *			   | 'U' rel:u16 flags:u8 [key] tuple	flags & kOldKey: key values before
- *			   | 'D' rel:u16 key			key values of the row that went
- *			   | 'T' rel:u16				TRUNCATE
- *	 relation := string:remote schema, string:remote table, string:local schema,
- *				 string:local table, conflict:u8, pair:varint, columns:varint, column*
- *	 column   := string:remote name, flags:u8, type
+ *	 record   := head:u8 body		head is code << 5 | rel, rel below kSegmentRelations
+ *		code kDefine:	 relation	defines rel for the rest of the segment
+ *			 kInsertRow: tuple		the new row
+ *			 kUpdateRow: tuple		the new row; its key is the old one's, too
+ *			 kMoveRow:	 key tuple	key values before, the new row
+ *			 kDeleteRow: key		key values of the row that went
+ *			 kEmpty:				TRUNCATE
+ *	 relation := shape:u8, names, pair:varint, columns:varint, column*
+ *				 shape: the conflict rule, kPublic, kSameNames
+ *	 names	  := [string:remote schema], string:remote table
+ *				 [string:local schema, string:local table]
+ *				 the first not with kPublic: it is "public"; the last two not with
+ *				 kSameNames: they are the remote ones
+ *	 column   := head:u8, bytes of the remote name, type
+ *				 head: the name's length, kKey, kBinary
  *	 type     := oid:varint when it is built in (< 16384),
  *				 else 0:varint string:schema string:name
  *	 tuple    := value of every column, in the relation's order
@@ -22,7 +29,9 @@
  *	 string   := length:varint bytes
  *
  * Integers are big-endian; varint is LEB128.  A value's bytes are the type's
- * binary send format when the column has kBinary, else its text form under the
+ * binary send format when the column has kBinary, integers and instants (see
+ * TrimmedWidth) without leading bytes that only repeat the sign, one byte at
+ * least; else its text form under the
  * settings of TextFormat; text is in the database encoding of the sender,
  * which the batch header names.  (Binary is used only for built-in types whose
  * send format holds no text, except that text types send their plain bytes.)
@@ -42,17 +51,31 @@ constexpr uint8 kVersion = 1;
 
 enum Kind : char
 {
-	kRelation = 'R',
 	kInsert = 'I',
 	kUpdate = 'U',
 	kDelete = 'D',
 	kTruncate = 'T'
 };
 
-constexpr uint8 kOldKey = 1; /* flags of an update */
+/* Codes of records. */
+constexpr uint8 kDefine = 0;
+constexpr uint8 kInsertRow = 1;
+constexpr uint8 kUpdateRow = 2;
+constexpr uint8 kMoveRow = 3;
+constexpr uint8 kDeleteRow = 4;
+constexpr uint8 kEmpty = 5;
+constexpr int kCodeShift = 5;
 
-constexpr uint8 kKey = 1; /* flags of a column */
-constexpr uint8 kBinary = 2;
+/* Head of a column. */
+constexpr uint8 kNameLength = 0x3f;
+constexpr uint8 kKey = 0x40;
+constexpr uint8 kBinary = 0x80;
+static_assert(NAMEDATALEN <= kNameLength + 1, "names do not fit the head of a column");
+
+/* Shape of a relation. */
+constexpr uint8 kConflictMask = 0x03;
+constexpr uint8 kPublic = 0x04;
+constexpr uint8 kSameNames = 0x08;
 
 enum class Conflict : char
 {
@@ -115,8 +138,8 @@ struct RelationSpec
 /* Build in CurrentMemoryContext; reads the type catalogs. */
 RelationEncoder *BuildRelationEncoder(const RelationSpec &spec, TupleDesc desc);
 
-constexpr uint32 kSegmentTarget = 7900; /* a segment is closed when it reaches this */
-constexpr int kSegmentRelations = 32;	/* and when it defines more relations than this */
+constexpr uint32 kSegmentTarget = 7900;			   /* a segment is closed when it reaches this */
+constexpr int kSegmentRelations = 1 << kCodeShift; /* and when it defines this many relations */
 
 /* One segment while it is being written.  Memory belongs to `context`. */
 struct Segment
@@ -235,9 +258,7 @@ struct Change
 struct Decoder
 {
 	Reader reader;
-	Relation *relations[kSegmentRelations + 1];
-	uint16 relation_ids[kSegmentRelations + 1];
-	int n_relations;
+	Relation *relations[kSegmentRelations]; /* by their numbers; NULL: not defined */
 	Change change;
 	Value *key_values;
 	Value *row_values;
@@ -255,6 +276,24 @@ const Change *Next(Decoder *decoder);
  * shows it and as a peer without the extension could run it.
  */
 void AppendSql(StringInfo sql, const Change *change);
+
+/*
+ * Full width, in bytes, of a type whose binary values travel without leading
+ * sign bytes; 0 for others.
+ */
+uint32 TrimmedWidth(Oid type);
+
+constexpr uint32 kMaxTrimmedWidth = 8;
+
+/*
+ * The value in the type's own send format: *wide, made of the bytes in `room`,
+ * or the value itself when it is not a trimmed one.
+ */
+const Value *Widen(const Column *column, const Value *value, char (&room)[kMaxTrimmedWidth],
+				   Value *wide);
+
+/* A trimmed value; raises when it is empty or longer than `width`. */
+int64 ReadTrimmed(const Value *value, uint32 width);
 
 /* The text form of a value of a built-in type in binary form, or its text. palloc'd. */
 char *ValueText(const Column *column, const Value *value);

@@ -8,11 +8,11 @@
  *	 ticket		head: the transaction's ticket; chunk: 0
  *	 xid		top-level transaction id (64 bits), joins chunks to their head
  *	 stream		mmrepl.stream.stream_id
- *	 seq		chunk: segment number << 20 | slice number; head: 0
- *	 changes	head: number of changes
  *	 flags		kHead ...
- *	 payload	head: (length:u32 segment)*, or with kChunked an encoded Place;
- *				chunk: a slice of a segment
+ *	 seq		chunk: segment number << 20 | slice number; NULL: 0
+ *	 changes	head: number of changes; NULL: 1, or a chunk
+ *	 payload	head: (length:varint segment)*, length 0: all the rest; or with
+ *				kChunked an encoded Place; chunk: a slice of a segment
  */
 #pragma once
 

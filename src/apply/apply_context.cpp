@@ -34,16 +34,14 @@ static void
 AppendValue(StringInfo out, const Header &header, const change::Column &column,
 			const change::Value &value)
 {
-	change::Reader in = {value.data, value.length, 0};
+	bool integer = column.binary &&
+				   (column.type == INT8OID || column.type == INT4OID || column.type == INT2OID);
 
 	if (value.data == NULL)
 		appendStringInfoString(out, "null");
-	else if (column.binary && column.type == INT8OID && value.length == 8)
-		appendStringInfo(out, INT64_FORMAT, (int64) in.U64());
-	else if (column.binary && column.type == INT4OID && value.length == 4)
-		appendStringInfo(out, "%d", (int32) in.U32());
-	else if (column.binary && column.type == INT2OID && value.length == 2)
-		appendStringInfo(out, "%d", (int16) in.U16());
+	else if (integer && value.length > 0 && value.length <= change::TrimmedWidth(column.type))
+		appendStringInfo(out, INT64_FORMAT,
+						 change::ReadTrimmed(&value, change::TrimmedWidth(column.type)));
 	else if ((!column.binary || column.type == TEXTOID || column.type == VARCHAROID ||
 			  column.type == BPCHAROID) &&
 			 value.length <= kShownBytes && header.encoding == GetDatabaseEncoding() &&

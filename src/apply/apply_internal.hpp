@@ -50,10 +50,12 @@ enum class Form : char
 {
 	Ignore, /* generated here */
 	Bool,
-	Int16,
+	Bits32,
+	Bits64,
+	Uuid,
+	Int16, /* trimmed */
 	Int32,
 	Int64,
-	Uuid,
 	Bytea,
 	Text,	 /* bytes are text, the local type takes any text */
 	Input,	 /* bytes are text, for the local type's input function */

@@ -51,13 +51,15 @@ BinaryForm(Oid type)
 		case INT2OID:
 			return Form::Int16;
 		case INT4OID:
-		case OIDOID:
-		case FLOAT4OID:
 			return Form::Int32;
 		case INT8OID:
-		case FLOAT8OID:
 		case MONEYOID:
 			return Form::Int64;
+		case OIDOID:
+		case FLOAT4OID:
+			return Form::Bits32;
+		case FLOAT8OID:
+			return Form::Bits64;
 		case UUIDOID:
 			return Form::Uuid;
 		case BYTEAOID:
@@ -152,10 +154,13 @@ CheckNull(Field *field)
 
 /* The bytes are copied: some receive functions write a byte behind the value for a while. */
 static Datum
-Receive(Session *session, Field *field, const change::Value *value)
+Receive(Session *session, Field *field, const change::Column *column, const change::Value *value)
 {
 	StringInfo scratch = &session->scratch;
+	char room[change::kMaxTrimmedWidth];
+	change::Value wide;
 
+	value = change::Widen(column, value, room, &wide);
 	resetStringInfo(scratch);
 	appendBinaryStringInfo(scratch, value->data, (int) value->length);
 	Datum datum = ReceiveFunctionCall(&field->function, scratch, field->ioparam, field->typmod);
@@ -198,7 +203,7 @@ ReadUuid(const change::Value *value)
 static Datum
 ReadFixed(Form form, const change::Value *value)
 {
-	static const uint32 widths[] = {0, 1, 2, 4, 8, UUID_LEN};
+	static const uint32 widths[] = {0, 1, 4, 8, UUID_LEN};
 	change::Reader in = {value->data, value->length, 0};
 
 	if (value->length != widths[(int) form])
@@ -207,11 +212,9 @@ ReadFixed(Form form, const change::Value *value)
 	{
 		case Form::Bool:
 			return BoolGetDatum(in.U8() != 0);
-		case Form::Int16:
-			return Int16GetDatum((int16) in.U16());
-		case Form::Int32:
+		case Form::Bits32:
 			return Int32GetDatum((int32) in.U32());
-		case Form::Int64:
+		case Form::Bits64:
 			return Int64GetDatum((int64) in.U64());
 		default:
 			return ReadUuid(value);
@@ -226,10 +229,15 @@ ReadValue(Session *session, Field *field, const change::Column *column, const ch
 	{
 		case Form::Ignore:
 			break;
-		case Form::Bool:
 		case Form::Int16:
+			return Int16GetDatum((int16) change::ReadTrimmed(value, sizeof(int16)));
 		case Form::Int32:
+			return Int32GetDatum((int32) change::ReadTrimmed(value, sizeof(int32)));
 		case Form::Int64:
+			return Int64GetDatum(change::ReadTrimmed(value, sizeof(int64)));
+		case Form::Bool:
+		case Form::Bits32:
+		case Form::Bits64:
 		case Form::Uuid:
 			return ReadFixed(field->form, value);
 		case Form::Bytea:
@@ -239,7 +247,7 @@ ReadValue(Session *session, Field *field, const change::Column *column, const ch
 		case Form::Input:
 			return Input(field, ToServer(session, value->data, value->length));
 		case Form::Receive:
-			return Receive(session, field, value);
+			return Receive(session, field, column, value);
 		case Form::Convert:
 			return Input(field, change::ValueText(column, value));
 	}

@@ -76,18 +76,23 @@ Reader::Varint()
 	Malformed("A variable-length integer is too long.");
 }
 
-char *
-Reader::String()
+/* So many bytes as a palloc'd string. */
+static char *
+TakeString(Reader *in, uint64 count)
 {
-	uint64 count = Varint();
-
-	if (count > length - position)
+	if (count > in->length - in->position)
 		Malformed("A string is longer than its segment.");
-	const char *bytes = Bytes((uint32) count);
+	const char *bytes = in->Bytes((uint32) count);
 
 	if (memchr(bytes, '\0', count) != NULL)
 		Malformed("A string holds a zero byte.");
 	return pnstrdup(bytes, count);
+}
+
+char *
+Reader::String()
+{
+	return TakeString(this, Varint());
 }
 
 /* ---- relations ---- */
@@ -95,12 +100,13 @@ Reader::String()
 static void
 ReadColumn(Reader *in, Column *column)
 {
-	column->name = in->String();
-	uint8 flags = in->U8();
+	uint8 head = in->U8();
+
+	column->name = TakeString(in, head & kNameLength);
+	column->key = (head & kKey) != 0;
+	column->binary = (head & kBinary) != 0;
 	uint64 type = in->Varint();
 
-	column->key = (flags & kKey) != 0;
-	column->binary = (flags & kBinary) != 0;
 	if (type >= kFirstUnstableOid)
 		Malformed("A built-in type's OID is out of range.");
 	column->type = (Oid) type;
@@ -114,18 +120,31 @@ ReadColumn(Reader *in, Column *column)
 }
 
 static Conflict
-ReadConflict(Reader *in)
+ConflictOf(uint8 bits)
 {
-	switch ((Conflict) in->U8())
+	switch (bits)
 	{
-		case Conflict::ApplyRemote:
+		case 0:
 			return Conflict::ApplyRemote;
-		case Conflict::KeepLocal:
+		case 1:
 			return Conflict::KeepLocal;
-		case Conflict::Error:
+		case 2:
 			return Conflict::Error;
 	}
 	Malformed("Unknown conflict rule.");
+}
+
+/* Shape and names. */
+static void
+ReadNames(Reader *in, Relation *rel)
+{
+	uint8 shape = in->U8();
+
+	rel->conflict = ConflictOf(shape & kConflictMask);
+	rel->remote_schema = (shape & kPublic) ? pstrdup("public") : in->String();
+	rel->remote_table = in->String();
+	rel->local_schema = (shape & kSameNames) ? rel->remote_schema : in->String();
+	rel->local_table = (shape & kSameNames) ? rel->remote_table : in->String();
 }
 
 static Relation *
@@ -134,11 +153,7 @@ ReadRelation(Reader *in)
 	Relation *rel = (Relation *) palloc0(sizeof(Relation));
 	uint32 start = in->position;
 
-	rel->remote_schema = in->String();
-	rel->remote_table = in->String();
-	rel->local_schema = in->String();
-	rel->local_table = in->String();
-	rel->conflict = ReadConflict(in);
+	ReadNames(in, rel);
 	rel->pair_id = (int32) in->Varint();
 	uint64 n_columns = in->Varint();
 
@@ -171,29 +186,11 @@ StartDecoding(Decoder *decoder, const char *data, uint32 length)
 
 /* Take a definition; a number may not be defined twice in a segment. */
 static void
-DefineRelation(Decoder *decoder)
+DefineRelation(Decoder *decoder, uint8 number)
 {
-	uint16 number = decoder->reader.U16();
-
-	if (decoder->n_relations > kSegmentRelations)
-		Malformed("A segment defines too many relations.");
-	for (int i = 0; i < decoder->n_relations; i++)
-		if (decoder->relation_ids[i] == number)
-			Malformed("A segment defines a relation twice.");
-	decoder->relation_ids[decoder->n_relations] = number;
-	decoder->relations[decoder->n_relations] = ReadRelation(&decoder->reader);
-	decoder->n_relations++;
-}
-
-static Relation *
-LookUpRelation(Decoder *decoder)
-{
-	uint16 number = decoder->reader.U16();
-
-	for (int i = 0; i < decoder->n_relations; i++)
-		if (decoder->relation_ids[i] == number)
-			return decoder->relations[i];
-	Malformed("A change names a relation that was not defined.");
+	if (decoder->relations[number] != NULL)
+		Malformed("A segment defines a relation twice.");
+	decoder->relations[number] = ReadRelation(&decoder->reader);
 }
 
 static Value *
@@ -247,37 +244,87 @@ Next(Decoder *decoder)
 {
 	Reader *in = &decoder->reader;
 	Change *change = &decoder->change;
-	uint8 kind = kRelation;
+	uint8 head = kDefine;
 
-	while (!in->AtEnd() && (kind = in->U8()) == kRelation)
-		DefineRelation(decoder);
-	if (kind == kRelation)
+	while (!in->AtEnd() && (head = in->U8()) >> kCodeShift == kDefine)
+		DefineRelation(decoder, head);
+	if (head >> kCodeShift == kDefine)
 		return NULL;
-	*change = {};
-	change->kind = (Kind) kind;
-	Relation *rel = LookUpRelation(decoder);
+	const Relation *rel = decoder->relations[head & (kSegmentRelations - 1)];
 
+	if (rel == NULL)
+		Malformed("A change names a relation that was not defined.");
+	*change = {};
 	change->relation = rel;
-	switch (change->kind)
+	switch (head >> kCodeShift)
 	{
-		case kInsert:
+		case kInsertRow:
+			change->kind = kInsert;
 			ReadRow(decoder, rel);
 			break;
-		case kUpdate:
-			change->has_old_key = (in->U8() & kOldKey) != 0;
-			if (change->has_old_key)
-				ReadKey(decoder, rel);
+		case kMoveRow:
+			change->has_old_key = true;
+			ReadKey(decoder, rel);
+			[[fallthrough]];
+		case kUpdateRow:
+			change->kind = kUpdate;
 			ReadRow(decoder, rel);
 			break;
-		case kDelete:
+		case kDeleteRow:
+			change->kind = kDelete;
 			ReadKey(decoder, rel);
 			break;
-		case kTruncate:
+		case kEmpty:
+			change->kind = kTruncate;
 			break;
 		default:
 			Malformed("Unknown kind of change.");
 	}
 	return change;
+}
+
+/* ---- values ---- */
+
+uint32
+TrimmedWidth(Oid type)
+{
+	switch (WireOf(type))
+	{
+		case Wire::Int16:
+			return 2;
+		case Wire::Int32:
+			return 4;
+		case Wire::Int64:
+			return 8;
+		default:
+			return 0;
+	}
+}
+
+int64
+ReadTrimmed(const Value *value, uint32 width)
+{
+	if (value->length == 0 || value->length > width)
+		Malformed("An integer has a length that its type does not have.");
+	int64 result = (int8) value->data[0];
+
+	for (uint32 i = 1; i < value->length; i++)
+		result = (int64) ((uint64) result << 8 | (uint8) value->data[i]);
+	return result;
+}
+
+const Value *
+Widen(const Column *column, const Value *value, char (&room)[kMaxTrimmedWidth], Value *wide)
+{
+	uint32 width = column->binary ? TrimmedWidth(column->type) : 0;
+
+	if (width == 0)
+		return value;
+	uint64 bits = pg_hton64((uint64) ReadTrimmed(value, width) << (64 - 8 * width));
+
+	memcpy(room, &bits, sizeof(room));
+	*wide = {room, width};
+	return wide;
 }
 
 /* ---- text ---- */
@@ -291,7 +338,10 @@ ValueText(const Column *column, const Value *value)
 	StringInfoData buf;
 	Oid receive, output, ioparam;
 	bool is_varlena;
+	char room[kMaxTrimmedWidth];
+	Value wide;
 
+	value = Widen(column, value, room, &wide);
 	initStringInfo(&buf);
 	appendBinaryStringInfo(&buf, value->data, (int) value->length);
 	getTypeBinaryInputInfo(column->type, &receive, &ioparam);

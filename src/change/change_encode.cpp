@@ -22,17 +22,19 @@ WireOf(Oid base_type)
 		case INT2OID:
 			return Wire::Int16;
 		case INT4OID:
-		case OIDOID:
 		case DATEOID:
-		case FLOAT4OID:
 			return Wire::Int32;
 		case INT8OID:
 		case TIMEOID:
 		case TIMESTAMPOID:
 		case TIMESTAMPTZOID:
-		case FLOAT8OID:
 		case MONEYOID:
 			return Wire::Int64;
+		case OIDOID:
+		case FLOAT4OID:
+			return Wire::Bits32;
+		case FLOAT8OID:
+			return Wire::Bits64;
 		case TEXTOID:
 		case VARCHAROID:
 		case BPCHAROID:
@@ -109,6 +111,26 @@ struct Cursor
 			U8((uint8) (value | 0x80));
 		U8((uint8) value);
 	}
+	/* Head of a record. */
+	void Head(uint8 code, uint8 rel) { U8((uint8) (code << kCodeShift | rel)); }
+
+	/* A number of bytes and then so many, without bytes that only repeat the sign. */
+	void Trimmed(int64 value)
+	{
+		constexpr int room = 1 + (int) sizeof(int64);
+		uint64 magnitude = (uint64) (value ^ (value >> 63));
+		int bytes = magnitude == 0 ? 1 : pg_leftmost_one_pos64(magnitude) / 8 + 1;
+
+		/* The sign needs a bit of its own. */
+		if (bytes < (int) sizeof(int64) && (magnitude >> (8 * bytes - 1)) != 0)
+			bytes++;
+		uint64 wire = pg_hton64((uint64) value << (8 * ((int) sizeof(int64) - bytes)));
+		char *at = Reserve(room);
+
+		at[0] = (char) (bytes + 1);
+		memcpy(at + 1, &wire, sizeof(wire));
+		position -= (uint32) (sizeof(int64) - bytes);
+	}
 	void Sized(const char *bytes, uint64 length)
 	{
 		Varint(length + 1);
@@ -165,19 +187,18 @@ TruncateSegment(Segment *segment, uint32 length, uint32 changes)
 }
 
 /* The segment's number for the relation; defines it if need be. */
-static uint16
+static uint8
 RelationNumber(Segment *segment, const RelationEncoder *rel)
 {
 	for (int i = segment->n_relations - 1; i >= 0; i--)
 		if (segment->relations[i] == rel->serial)
-			return (uint16) i;
+			return (uint8) i;
 
-	uint16 number = (uint16) segment->n_relations;
+	uint8 number = (uint8) segment->n_relations;
 	Cursor out = CursorAtEnd(segment);
 
 	MmreplEnsure(segment->n_relations < kSegmentRelations, "segment defines too many relations");
-	out.U8(kRelation);
-	out.U16(number);
+	out.Head(kDefine, number);
 	memcpy(out.Reserve(rel->definition_length), rel->definition, rel->definition_length);
 	segment->relations[number] = rel->serial;
 	segment->relation_offsets[number] = segment->length;
@@ -197,14 +218,19 @@ PutFixed(Cursor &out, Wire wire, Datum value)
 			out.U8(DatumGetBool(value) ? 1 : 0);
 			break;
 		case Wire::Int16:
-			out.Varint(3);
-			out.U16((uint16) DatumGetInt16(value));
+			out.Trimmed(DatumGetInt16(value));
 			break;
 		case Wire::Int32:
+			out.Trimmed(DatumGetInt32(value));
+			break;
+		case Wire::Int64:
+			out.Trimmed(DatumGetInt64(value));
+			break;
+		case Wire::Bits32:
 			out.Varint(5);
 			out.U32((uint32) DatumGetInt32(value));
 			break;
-		case Wire::Int64:
+		case Wire::Bits64:
 			out.Varint(9);
 			out.U64((uint64) DatumGetInt64(value));
 			break;
@@ -273,11 +299,10 @@ Commit(const Cursor &out)
 void
 AppendInsert(Segment *segment, RelationEncoder *rel, TupleTableSlot *row)
 {
-	uint16 number = RelationNumber(segment, rel);
+	uint8 number = RelationNumber(segment, rel);
 	Cursor out = CursorAtEnd(segment);
 
-	out.U8(kInsert);
-	out.U16(number);
+	out.Head(kInsertRow, number);
 	PutTuple(out, rel, row, false);
 	Commit(out);
 }
@@ -312,12 +337,10 @@ AppendUpdate(Segment *segment, RelationEncoder *rel, TupleTableSlot *old_row,
 			 TupleTableSlot *new_row)
 {
 	bool key_changed = KeyChanged(rel, old_row, new_row);
-	uint16 number = RelationNumber(segment, rel);
+	uint8 number = RelationNumber(segment, rel);
 	Cursor out = CursorAtEnd(segment);
 
-	out.U8(kUpdate);
-	out.U16(number);
-	out.U8(key_changed ? kOldKey : 0);
+	out.Head(key_changed ? kMoveRow : kUpdateRow, number);
 	if (key_changed)
 		PutTuple(out, rel, old_row, true);
 	PutTuple(out, rel, new_row, false);
@@ -327,11 +350,10 @@ AppendUpdate(Segment *segment, RelationEncoder *rel, TupleTableSlot *old_row,
 void
 AppendDelete(Segment *segment, RelationEncoder *rel, TupleTableSlot *old_row)
 {
-	uint16 number = RelationNumber(segment, rel);
+	uint8 number = RelationNumber(segment, rel);
 	Cursor out = CursorAtEnd(segment);
 
-	out.U8(kDelete);
-	out.U16(number);
+	out.Head(kDeleteRow, number);
 	PutTuple(out, rel, old_row, true);
 	Commit(out);
 }
@@ -339,11 +361,10 @@ AppendDelete(Segment *segment, RelationEncoder *rel, TupleTableSlot *old_row)
 void
 AppendTruncate(Segment *segment, RelationEncoder *rel)
 {
-	uint16 number = RelationNumber(segment, rel);
+	uint8 number = RelationNumber(segment, rel);
 	Cursor out = CursorAtEnd(segment);
 
-	out.U8(kTruncate);
-	out.U16(number);
+	out.Head(kEmpty, number);
 	Commit(out);
 }
 
@@ -392,9 +413,12 @@ BuildColumn(ColumnEncoder *column, const ColumnSpec &spec, Form_pg_attribute att
 static void
 PutColumn(StringInfo buf, const ColumnEncoder &column, const char *remote_name)
 {
-	PutString(buf, remote_name);
-	appendStringInfoCharMacro(buf,
-							  (char) ((column.key ? kKey : 0) | (column.binary ? kBinary : 0)));
+	size_t length = strlen(remote_name);
+
+	MmreplEnsure(length <= kNameLength, "column name is too long: %s", remote_name);
+	appendStringInfoCharMacro(buf, (char) (length | (column.key ? kKey : 0) |
+										   (column.binary ? kBinary : 0)));
+	appendBinaryStringInfo(buf, remote_name, (int) length);
 	if (column.type < kFirstUnstableOid)
 	{
 		PutVarint(buf, column.type);
@@ -411,6 +435,32 @@ PutColumn(StringInfo buf, const ColumnEncoder &column, const char *remote_name)
 	ReleaseSysCache(tuple);
 }
 
+/* Number of the rule in the shape of a relation. */
+static uint8
+ConflictBits(Conflict conflict)
+{
+	return conflict == Conflict::ApplyRemote ? 0 : conflict == Conflict::KeepLocal ? 1 : 2;
+}
+
+/* Shape and names. */
+static void
+PutNames(StringInfo buf, const RelationSpec &spec)
+{
+	bool is_public = strcmp(spec.remote_schema, "public") == 0;
+	bool same = strcmp(spec.remote_schema, spec.local_schema) == 0 &&
+				strcmp(spec.remote_table, spec.local_table) == 0;
+
+	appendStringInfoCharMacro(buf, (char) (ConflictBits(spec.conflict) | (is_public ? kPublic : 0) |
+										   (same ? kSameNames : 0)));
+	if (!is_public)
+		PutString(buf, spec.remote_schema);
+	PutString(buf, spec.remote_table);
+	if (same)
+		return;
+	PutString(buf, spec.local_schema);
+	PutString(buf, spec.local_table);
+}
+
 RelationEncoder *
 BuildRelationEncoder(const RelationSpec &spec, TupleDesc desc)
 {
@@ -421,11 +471,7 @@ BuildRelationEncoder(const RelationSpec &spec, TupleDesc desc)
 	rel->n_columns = spec.n_columns;
 	rel->columns = (ColumnEncoder *) palloc0(sizeof(ColumnEncoder) * spec.n_columns);
 	initStringInfo(&buf);
-	PutString(&buf, spec.remote_schema);
-	PutString(&buf, spec.remote_table);
-	PutString(&buf, spec.local_schema);
-	PutString(&buf, spec.local_table);
-	appendStringInfoCharMacro(&buf, (char) spec.conflict);
+	PutNames(&buf, spec);
 	PutVarint(&buf, (uint64) spec.pair_id);
 	PutVarint(&buf, (uint64) spec.n_columns);
 	for (int i = 0; i < spec.n_columns; i++)

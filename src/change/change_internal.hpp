@@ -13,9 +13,11 @@ namespace mmrepl::change
 enum class Wire : char
 {
 	Bool,
-	Int16,
+	Int16, /* integers, sent trimmed */
 	Int32,
 	Int64,
+	Bits32, /* sent at full width */
+	Bits64,
 	Varlena, /* the plain bytes of text and bytea */
 	Uuid,
 	Function, /* the type's send function */

@@ -17,9 +17,9 @@ enum Column
 	kTicket,
 	kXid,
 	kStream,
+	kFlags,
 	kSeq,
 	kChanges,
-	kFlags,
 	kPayload,
 	kColumns
 };

@@ -12,16 +12,17 @@ namespace mmrepl::queue
 void
 DecodeRow(HeapTuple tuple, TupleDesc desc, Row *row)
 {
-	bool isnull;
-	auto get = [&](Column column) { return heap_getattr(tuple, column + 1, desc, &isnull); };
+	Datum values[kColumns];
+	bool nulls[kColumns];
 
-	row->ticket = (uint64) DatumGetInt64(get(kTicket));
-	row->xid = (uint64) DatumGetInt64(get(kXid));
-	row->stream = DatumGetInt32(get(kStream));
-	row->seq = (uint64) DatumGetInt64(get(kSeq));
-	row->changes = (uint32) DatumGetInt32(get(kChanges));
-	row->flags = (uint16) DatumGetInt16(get(kFlags));
-	bytea *payload = (bytea *) DatumGetPointer(get(kPayload));
+	heap_deform_tuple(tuple, desc, values, nulls);
+	row->ticket = (uint64) DatumGetInt64(values[kTicket]);
+	row->xid = (uint64) DatumGetInt64(values[kXid]);
+	row->stream = DatumGetInt32(values[kStream]);
+	row->flags = (uint16) DatumGetInt16(values[kFlags]);
+	row->seq = nulls[kSeq] ? 0 : (uint64) DatumGetInt64(values[kSeq]);
+	row->changes = nulls[kChanges] ? 1 : (uint32) DatumGetInt32(values[kChanges]);
+	bytea *payload = (bytea *) DatumGetPointer(values[kPayload]);
 
 	row->payload = VARDATA_ANY(payload);
 	row->payload_length = VARSIZE_ANY_EXHDR(payload);
@@ -178,7 +179,9 @@ WalkPayload(const char *payload, uint32 length, SegmentSink sink, void *arg)
 
 	while (!in.AtEnd())
 	{
-		uint32 segment = in.U32();
+		uint64 announced = in.Varint();
+		uint32 segment = announced == 0 ? in.length - in.position
+										: (uint32) Min(announced, (uint64) PG_UINT32_MAX);
 
 		sink(arg, in.Bytes(segment), segment);
 	}

@@ -16,6 +16,9 @@ FormRow(TupleDesc desc, const Row &row, bytea *payload)
 	Datum values[kColumns];
 	bool nulls[kColumns] = {};
 
+	/* What most rows have in common costs them nothing. */
+	nulls[kSeq] = row.seq == 0;
+	nulls[kChanges] = row.changes == 1 || !(row.flags & kHead);
 	values[kTicket] = Int64GetDatum((int64) row.ticket);
 	values[kXid] = Int64GetDatum((int64) row.xid);
 	values[kStream] = Int32GetDatum(row.stream);
@@ -129,7 +132,7 @@ PutSegments(StringInfo buf, const change::Segment *first)
 {
 	for (const change::Segment *segment = first; segment != NULL; segment = segment->next)
 	{
-		pq_sendint32(buf, segment->length);
+		change::PutVarint(buf, segment->next != NULL ? segment->length : 0);
 		appendBinaryStringInfo(buf, segment->data + VARHDRSZ, (int) segment->length);
 	}
 }
@@ -162,6 +165,19 @@ PrepareHead(Outgoing *out, change::Segment *first, MemoryContext context)
 	out->counted_bytes = (uint32) out->payload.len;
 }
 
+/* Write the header of so many bytes, the short one if it can be; returns its size. */
+static int
+StartVarlena(char *varlena, int length)
+{
+	if (length + VARHDRSZ_SHORT <= VARATT_SHORT_MAX)
+	{
+		SET_VARSIZE_SHORT(varlena, length + VARHDRSZ_SHORT);
+		return VARHDRSZ_SHORT;
+	}
+	SET_VARSIZE(varlena, length + VARHDRSZ);
+	return VARHDRSZ;
+}
+
 void
 WriteHead(Outgoing *out, uint64 ticket)
 {
@@ -179,8 +195,8 @@ WriteHead(Outgoing *out, uint64 ticket)
 	row.stream = out->stream;
 	row.changes = out->changes;
 	row.flags = out->flags;
-	memcpy(payload.bytes + VARHDRSZ, out->payload.data, out->payload.len);
-	SET_VARSIZE(payload.bytes, out->payload.len + VARHDRSZ);
+	memcpy(payload.bytes + StartVarlena(payload.bytes, out->payload.len), out->payload.data,
+		   out->payload.len);
 	InsertRow(rel, row, (bytea *) payload.bytes, &tid);
 	table_close(rel, NoLock);
 	MMREPL_FAULT_POINT("queue-head-written");
