@@ -101,30 +101,27 @@ sub forget
 	return;
 }
 
-# One line for each row that was ever written: its versions, in order.  What
-# TRUNCATE removed of a table stands in the line of every row of that table.
-my $per_key = q{
-	SELECT k.tbl || ' ' || k.key,
-		   string_agg(h.op || coalesce(h.token, ''), ' ' ORDER BY h.n)
-	FROM (SELECT DISTINCT tbl, key FROM history WHERE key IS NOT NULL) k
-	JOIN history h ON h.tbl = k.tbl AND h.key = k.key %s
-	GROUP BY k.tbl, k.key
-	UNION ALL
-	SELECT tbl || ' TRUNCATE', count(*)::text FROM history WHERE op = 'T'
-	GROUP BY tbl ORDER BY 1
-};
-
+# For each row that was ever written its versions, in order.  What TRUNCATE
+# removed stands in the line of every row that the table had had before.
 sub fetch_per_key
 {
 	my ($node) = @_;
-	my $truncated = $node->safe_psql('postgres',
-		q{SELECT count(*) FROM history WHERE op = 'T'});
-	my $query = sprintf($per_key,
-		$truncated ? q{OR h.tbl = k.tbl AND h.op = 'T'} : '');
-	my %versions =
-	  map { split /\|/, $_, 2 } split /\n/, $node->safe_psql('postgres', $query);
+	my %versions;
+	my %keys_of;
 
-	return \%versions;
+	foreach my $line (
+		split /\n/,
+		$node->safe_psql(
+			'postgres', q{SELECT tbl, coalesce(key::text, ''), op || coalesce(token, '')
+						  FROM history ORDER BY n}))
+	{
+		my ($table, $key, $version) = split /\|/, $line, 3;
+
+		$keys_of{$table}->{"$table $key"} = 1;
+		push @{ $versions{$_} }, $version
+		  foreach ($key eq '' ? keys %{ $keys_of{$table} } : "$table $key");
+	}
+	return { map { $_ => join(' ', @{ $versions{$_} }) } keys %versions };
 }
 
 =pod
