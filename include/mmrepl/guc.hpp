@@ -34,6 +34,7 @@ extern int max_servers;		   /* streams that shared memory has room for */
 extern int ring_size;		   /* kB of shared memory for each stream's ring */
 extern int batch_size;		   /* kB of changes in one batch */
 extern int batch_transactions; /* source transactions in one batch */
+extern int batch_delay;		   /* us between batches under load */
 extern int retry_min_delay;	   /* ms */
 extern int retry_max_delay;	   /* ms */
 extern int connect_timeout;	   /* ms */

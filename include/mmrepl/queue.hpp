@@ -231,6 +231,9 @@ bool HasQueued(const shmem::Stream &stream);
 Goal CurrentGoal(const shmem::Stream &stream);
 bool Reached(const shmem::Stream &stream, const Goal &goal);
 
+/* Whether a session is in WaitConfirmed(); a hint. */
+bool SomebodyWaits(const shmem::Stream &stream);
+
 /* Wait until the goal is reached; false at the deadline. Interruptible. */
 bool WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline);
 /* New tickets are greater than this one (a peer has it from before a restore of ours). */

@@ -13,6 +13,7 @@ int max_servers = 8;
 int ring_size = 4096;
 int batch_size = 1024;
 int batch_transactions = 2000;
+int batch_delay = 2000;
 int retry_min_delay = 100;
 int retry_max_delay = 30000;
 int connect_timeout = 10000;
@@ -62,6 +63,10 @@ DefineWorkerSettings()
 			  &batch_size, 64, 65536, PGC_SIGHUP, GUC_UNIT_KB);
 	DefineInt("mmrepl.batch_transactions", "Source transactions that one batch holds at the most.",
 			  NULL, &batch_transactions, 1, 100000, PGC_SIGHUP, 0);
+	DefineInt("mmrepl.batch_delay",
+			  "Microseconds from one batch to the next while many transactions commit.",
+			  "A transaction that comes alone is sent at once.", &batch_delay, 0, 20000, PGC_SIGHUP,
+			  0);
 	DefineInt("mmrepl.connect_timeout", "Longest wait for a connection to a peer.", NULL,
 			  &connect_timeout, 100, 600000, PGC_USERSET, GUC_UNIT_MS);
 	DefineInt("mmrepl.max_queue_size",

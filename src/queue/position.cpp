@@ -100,6 +100,12 @@ Reached(const shmem::Stream &stream, const Goal &goal)
 }
 
 bool
+SomebodyWaits(const shmem::Stream &stream)
+{
+	return !proclist_is_empty(const_cast<proclist_head *>(&stream.confirmed_cv.wakeup));
+}
+
+bool
 WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline)
 {
 	bool reached;

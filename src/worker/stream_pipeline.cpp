@@ -75,6 +75,50 @@ MayStart(const Session *session)
 	return session->shared->handover_requests == 0 && !session->shared->paused;
 }
 
+/* ---- pace ---- */
+
+static void
+NoteStart(Pace *pace, int64 transactions)
+{
+	pace->last = (pace->last + 1) % kPaced;
+	pace->sum += transactions - pace->transactions[pace->last];
+	pace->transactions[pace->last] = transactions;
+	pace->started[pace->last] = GetCurrentTimestamp();
+}
+
+/*
+ * Microseconds to wait before the next batch, so that more transactions share
+ * its costs at both ends: while the last batches came close upon each other,
+ * with more than one transaction each, and nobody waits to see his own arrive.
+ */
+static long
+Breather(const Session *session)
+{
+	const Pace &pace = session->pace;
+	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz window = (TimestampTz) kPaced * guc::batch_delay;
+
+	if (pace.sum < 2 * kPaced || now - pace.started[(pace.last + 1) % kPaced] > window)
+		return 0;
+	if (session->feed.from_tables || queue::SomebodyWaits(*session->shared) ||
+		queue::PeekRing(*session->shared, session->slot) == NULL)
+		return 0;
+	return (long) Max(pace.started[pace.last] + guc::batch_delay - now, (TimestampTz) 0);
+}
+
+/*
+ * Asleep without the latch: committing backends need not signal us.  Whatever
+ * they set is seen afterwards.
+ */
+static void
+Gather(const Session *session)
+{
+	long left = MayStart(session) ? Breather(session) : 0;
+
+	if (left > 0)
+		pg_usleep(left);
+}
+
 /* Fill and send one more batch; false when there is nothing to send. */
 static bool
 StartOne(Session *session)
@@ -89,6 +133,7 @@ StartOne(Session *session)
 		return false;
 	}
 	session->outstanding++;
+	NoteStart(&session->pace, shipment->transactions);
 	MMREPL_FAULT_POINT("worker-before-flush");
 	FlushCommits();
 	return SendBatch(session, shipment);
@@ -97,6 +142,7 @@ StartOne(Session *session)
 void
 Send(Session *session)
 {
+	Gather(session);
 	while (session->conn != NULL && MayStart(session) && StartOne(session))
 		;
 	if (session->conn == NULL)

@@ -11,6 +11,17 @@ namespace mmrepl::worker
 
 constexpr int kLanes = 2; /* batches on their way at a time */
 
+/* The last batches that were started, as far as the pace depends on them. */
+constexpr int kPaced = 16;
+
+struct Pace
+{
+	TimestampTz started[kPaced];
+	int64 transactions[kPaced];
+	int64 sum; /* of transactions */
+	int last;
+};
+
 struct Session
 {
 	int slot;
@@ -36,6 +47,7 @@ struct Session
 	MemoryContext shipments_context;
 	Shipment lanes[kLanes]; /* oldest first */
 	int outstanding;
+	Pace pace;
 	int64 group_limit; /* transactions in a batch; lowered to find a refused one */
 
 	int failures;
