@@ -90,12 +90,28 @@ const char *ConflictName(Conflict conflict);
 
 /* ---- writing ---- */
 
+/* How a value's bytes are made. */
+enum class Wire : char
+{
+	Bool,
+	Int16, /* integers, sent trimmed */
+	Int32,
+	Int64,
+	Bits32, /* sent at full width */
+	Bits64,
+	Varlena, /* the plain bytes of text and bytea */
+	Uuid,
+	Function, /* the type's send function */
+	Text	  /* not binary: the type's output function */
+};
+
 /* How one column of a captured table is sent. */
 struct ColumnEncoder
 {
 	int16 attnum;
 	bool key;
 	bool binary;
+	Wire wire;
 	bool by_text; /* text form depends on settings: needs TextFormat */
 	Oid type;	  /* of the column, domains flattened when binary */
 	FmgrInfo output;

@@ -164,7 +164,8 @@ PutString(StringInfo buf, const char *string)
 Segment *
 NewSegment(MemoryContext context, uint32 seq)
 {
-	constexpr uint32 initial = 512;
+	/* Most transactions end in their first segment; who needs another one will fill it. */
+	const uint32 initial = seq == 0 ? 512 : kSegmentTarget + 512;
 	Segment *segment = (Segment *) MemoryContextAllocZero(context, sizeof(Segment));
 
 	segment->context = context;
@@ -249,7 +250,7 @@ PutValue(Cursor &out, ColumnEncoder *column, Datum value, bool isnull)
 		out.Varint(0);
 		return;
 	}
-	Wire wire = column->binary ? WireOf(column->type) : Wire::Text;
+	Wire wire = column->wire;
 
 	if (wire == Wire::Varlena)
 	{
@@ -401,6 +402,7 @@ BuildColumn(ColumnEncoder *column, const ColumnSpec &spec, Form_pg_attribute att
 	column->key = spec.key;
 	column->binary = base < kFirstUnstableOid && WireOf(base) != Wire::Text;
 	column->type = column->binary ? base : attribute->atttypid;
+	column->wire = column->binary ? WireOf(base) : Wire::Text;
 	column->by_text = !column->binary && !TextIsStable(base);
 	if (column->binary)
 		getTypeBinaryOutputInfo(column->type, &function, &is_varlena);

@@ -9,21 +9,6 @@
 namespace mmrepl::change
 {
 
-/* How the bytes of a binary column are made without calling a function. */
-enum class Wire : char
-{
-	Bool,
-	Int16, /* integers, sent trimmed */
-	Int32,
-	Int64,
-	Bits32, /* sent at full width */
-	Bits64,
-	Varlena, /* the plain bytes of text and bytea */
-	Uuid,
-	Function, /* the type's send function */
-	Text	  /* not binary: the type's output function */
-};
-
 /*
  * How a base type travels.  Only types whose OID is fixed for ever and whose
  * binary form is the same on every server are binary; send functions that
