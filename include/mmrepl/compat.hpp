@@ -190,6 +190,28 @@ InitTargetRangeTable(EState *estate, Relation relation, Bitmapset *updated_colum
 #endif
 }
 
+/* Which indexes need an entry for a new row version (16: perhaps only the summarizing ones). */
+#if PG_VERSION_NUM >= 160000
+using IndexesToUpdate = TU_UpdateIndexes;
+constexpr IndexesToUpdate kNoIndexes = TU_None;
+#else
+using IndexesToUpdate = bool;
+constexpr IndexesToUpdate kNoIndexes = false;
+#endif
+
+/* Index entries for the new version of an updated row; a list of indexes to be rechecked. */
+inline List *
+InsertIndexEntriesOfUpdate(ResultRelInfo *info, TupleTableSlot *row, EState *estate,
+						   IndexesToUpdate which)
+{
+#if PG_VERSION_NUM >= 160000
+	return ExecInsertIndexTuples(info, row, estate, true, false, NULL, NIL, which == TU_Summarizing);
+#else
+	(void) which;
+	return ExecInsertIndexTuples(info, row, estate, true, false, NULL, NIL);
+#endif
+}
+
 /* TRUNCATE of open relations, neither cascading nor restarting sequences (16: run as owner). */
 inline void
 TruncateRelations(List *relations, List *oids, List *logged_oids)

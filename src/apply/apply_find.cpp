@@ -153,13 +153,15 @@ PreferOther(Leaf *leaf)
  * moment, one that this transaction moved there and one that is still to be
  * moved away.  The latter is meant: the one that is not ours, or else the
  * first, as versions are mostly stored in the order in which they were made.
+ * `keep`: a copy of the row, which needs no pin.
  */
 static bool
-NextMatch(Leaf *leaf)
+NextMatch(Leaf *leaf, bool keep)
 {
 	if (!index_getnext_slot(leaf->scan, ForwardScanDirection, leaf->found))
 		return false;
-	ExecMaterializeSlot(leaf->found);
+	if (keep)
+		ExecMaterializeSlot(leaf->found);
 	if (!leaf->index->rd_index->indimmediate && !TransactionIdIsValid(Writer(leaf)) &&
 		IsOwnRow(leaf->found))
 		PreferOther(leaf);
@@ -197,13 +199,29 @@ LockFound(Leaf *leaf, LockTupleMode mode)
 	return false;
 }
 
+/*
+ * Whether the row that was found can be written by the current command; a row
+ * that this very command wrote cannot, so another one begins.
+ */
+static void
+MakeWritable(Leaf *leaf)
+{
+	if (!IsOwnRow(leaf->found))
+		return;
+	bool is_null;
+	Datum cmin = slot_getsysattr(leaf->found, MinCommandIdAttributeNumber, &is_null);
+
+	if (DatumGetCommandId(cmin) >= GetCurrentCommandId(false))
+		NextCommand();
+}
+
 /* Look once; waits for whoever is writing the row.  *again: look again. */
 static bool
-TryFind(Leaf *leaf, LockTupleMode mode, bool *again)
+TryFind(Leaf *leaf, const LockTupleMode *mode, bool *again)
 {
 	*again = false;
 	index_rescan(leaf->scan, leaf->keys, leaf->n_keys, NULL, 0);
-	if (!NextMatch(leaf))
+	if (!NextMatch(leaf, mode != NULL))
 		return false;
 	TransactionId writer = Writer(leaf);
 
@@ -213,13 +231,16 @@ TryFind(Leaf *leaf, LockTupleMode mode, bool *again)
 		*again = true;
 		return false;
 	}
-	*again = !LockFound(leaf, mode);
+	if (mode != NULL)
+		*again = !LockFound(leaf, *mode);
+	else
+		MakeWritable(leaf);
 	return !*again;
 }
 
-/* Pins of the scan are dropped at the end; the found row's slot keeps its own. */
-bool
-FindRow(Leaf *leaf, TupleTableSlot *search, LockTupleMode mode)
+/* Look until there is an answer.  Pins of the scan are dropped at the end; the slot keeps its own. */
+static bool
+Search(Leaf *leaf, TupleTableSlot *search, const LockTupleMode *mode)
 {
 	bool again = true;
 	bool found = false;
@@ -236,6 +257,31 @@ FindRow(Leaf *leaf, TupleTableSlot *search, LockTupleMode mode)
 	index_rescan(leaf->scan, leaf->keys, leaf->n_keys, NULL, 0);
 	MemoryContextSwitchTo(old);
 	return found;
+}
+
+/* The row cannot change any more until our transaction ends. */
+bool
+FindRow(Leaf *leaf, TupleTableSlot *search, LockTupleMode mode)
+{
+	return Search(leaf, search, &mode);
+}
+
+/*
+ * The row can change until it is written: whoever writes it finds out then.
+ * leaf->found points into the page; who is done with it clears the slot.
+ */
+bool
+PeekRow(Leaf *leaf, TupleTableSlot *search)
+{
+	return Search(leaf, search, NULL);
+}
+
+/* False: it has changed since it was found, look again. */
+bool
+LockPeeked(Leaf *leaf, LockTupleMode mode)
+{
+	ExecMaterializeSlot(leaf->found);
+	return InContext(leaf->context, [&] { return LockFound(leaf, mode); });
 }
 
 /* Calls output functions: not for error handlers. */

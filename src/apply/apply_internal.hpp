@@ -85,6 +85,9 @@ struct Leaf
 	const char *schema;
 	bool fires;		  /* has row triggers that fire in replica role and are not ours */
 	bool queues;	  /* those, or rechecks of deferrable constraints */
+	bool plain;		  /* neither, nor generated columns: rows are written without the executor */
+	bool may_update;  /* no publication is against it; plain only */
+	bool may_delete;
 	AttrMap *to_leaf; /* NULL: the layouts are equal */
 	AttrMap *to_root;
 	TupleTableSlot *converted;	/* a root row in this layout */
@@ -250,6 +253,10 @@ Oid ChooseKeyIndex(Relation rel, const AttrNumber *attnums, int count);
 void InitSearch(Leaf *leaf, Oid index);
 /* Find the row with the key of `search` (leaf layout) into leaf->found and lock it. */
 bool FindRow(Leaf *leaf, TupleTableSlot *search, LockTupleMode mode);
+/* The same without the lock, for WriteUpdate() and WriteDelete(). */
+bool PeekRow(Leaf *leaf, TupleTableSlot *search);
+/* Lock what PeekRow() found; false when it has changed since. */
+bool LockPeeked(Leaf *leaf, LockTupleMode mode);
 /* "(id)=(5)", or NULL when it may not be shown. */
 char *DescribeKey(Leaf *leaf, TupleTableSlot *row);
 

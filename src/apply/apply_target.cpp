@@ -316,6 +316,13 @@ LeafKey(const Target *target, const Leaf *leaf)
 	return attnums;
 }
 
+/* Whether a column's value is computed when the row is written. */
+static bool
+HasGeneratedColumns(Relation rel)
+{
+	return rel->rd_att->constr != NULL && rel->rd_att->constr->has_generated_stored;
+}
+
 /* Make the leaf of a relation whose indexes are open; in the executor's context. */
 static Leaf *
 MakeLeaf(Target *target, ResultRelInfo *info)
@@ -327,6 +334,7 @@ MakeLeaf(Target *target, ResultRelInfo *info)
 	leaf->info = info;
 	leaf->schema = get_namespace_name(RelationGetNamespace(rel));
 	TuneTriggers(target, leaf);
+	leaf->plain = !leaf->queues && !HasGeneratedColumns(rel);
 	if (info != target->info)
 		InitMaps(leaf, target->rel);
 	if (leaf->to_leaf)
@@ -421,9 +429,10 @@ InitExecutor(Target *target)
 	InitResultRelInfo(target->info, target->rel, 1, NULL, 0);
 	estate->es_opened_result_relations = lappend(estate->es_opened_result_relations, target->info);
 	InitEvalPlanQual(&target->epq, estate);
-	target->row = ExecInitExtraTupleSlot(estate, desc, &TTSOpsVirtual);
+	/* Slots for heap tuples are turned into one without a copy on the way. */
+	target->row = ExecInitExtraTupleSlot(estate, desc, &TTSOpsHeapTuple);
 	target->search = ExecInitExtraTupleSlot(estate, desc, &TTSOpsVirtual);
-	target->merged = ExecInitExtraTupleSlot(estate, desc, &TTSOpsVirtual);
+	target->merged = ExecInitExtraTupleSlot(estate, desc, &TTSOpsHeapTuple);
 }
 
 /*

@@ -184,21 +184,140 @@ Move(Target *target, Leaf *from)
 	ExecSimpleRelationInsert(to->info, target->estate, ToLeaf(to, target->merged));
 }
 
-/* Write the incoming columns over the row in leaf->found, which is locked. */
+/*
+ * Whether the row was written that PeekRow() had found.  Not, if somebody else
+ * has written it since, and ended: then what to do is decided anew.
+ */
+static bool
+Written(TM_Result result)
+{
+	if (result == TM_Ok)
+		return true;
+	MmreplEnsure(result == TM_Updated || result == TM_Deleted,
+				 "unexpected status %d of a row to be written", (int) result);
+	return false;
+}
+
+/* A new version of the row in leaf->found, and its index entries; see Written(). */
+static bool
+WriteUpdate(Target *target, Leaf *leaf, TupleTableSlot *row)
+{
+	Relation rel = leaf->info->ri_RelationDesc;
+	IndexesToUpdate indexes = kNoIndexes;
+	TM_FailureData failure;
+	LockTupleMode mode;
+
+	if (rel->rd_att->constr)
+		ExecConstraints(leaf->info, row, target->estate);
+	if (rel->rd_rel->relispartition)
+		ExecPartitionCheck(leaf->info, row, target->estate, true);
+	TM_Result result = table_tuple_update(rel, &leaf->found->tts_tid, row,
+										  target->estate->es_output_cid, InvalidSnapshot,
+										  InvalidSnapshot, true, &failure, &mode, &indexes);
+
+	if (!Written(result))
+		return false;
+	if (indexes != kNoIndexes && leaf->info->ri_NumIndices > 0)
+		list_free(InsertIndexEntriesOfUpdate(leaf->info, row, target->estate, indexes));
+	return true;
+}
+
+/* Delete the row in leaf->found; see Written(). */
+static bool
+WriteDelete(Target *target, Leaf *leaf)
+{
+	TM_FailureData failure;
+
+	StampCommand(target);
+	return Written(table_tuple_delete(leaf->info->ri_RelationDesc, &leaf->found->tts_tid,
+									  target->estate->es_output_cid, InvalidSnapshot,
+									  InvalidSnapshot, true, &failure, false));
+}
+
+/* With the executor's help: triggers, rechecks, generated columns. */
 static void
-UpdateFound(Target *target, Leaf *leaf)
+ExecuteUpdate(Target *target, Leaf *leaf, TupleTableSlot *row)
+{
+	EvalPlanQualSetSlot(&target->epq, row);
+	ExecSimpleRelationUpdate(leaf->info, target->estate, &target->epq, leaf->found, row);
+}
+
+/*
+ * Write the incoming columns over the row in leaf->found, which is locked unless
+ * the leaf is plain and PeekRow() found it.  False: it was not and has changed.
+ */
+static bool
+UpdateFound(Target *target, Leaf *leaf, bool locked)
 {
 	Merge(target, leaf);
 	TupleTableSlot *row = ToLeaf(leaf, target->merged);
 
 	if (target->proute && !ExecPartitionCheck(leaf->info, row, target->estate, false))
 	{
+		if (!locked && !LockPeeked(leaf, LockTupleExclusive))
+			return false;
 		Move(target, leaf);
-		return;
+		return true;
 	}
 	StampCommand(target);
-	EvalPlanQualSetSlot(&target->epq, row);
-	ExecSimpleRelationUpdate(leaf->info, target->estate, &target->epq, leaf->found, row);
+	if (!locked)
+		return WriteUpdate(target, leaf, row);
+	ExecuteUpdate(target, leaf, row);
+	return true;
+}
+
+/* A table that is published takes updates and deletes only with a replica identity. */
+static void
+CheckPublication(Leaf *leaf, CmdType command)
+{
+	bool *checked = command == CMD_UPDATE ? &leaf->may_update : &leaf->may_delete;
+
+	if (!*checked)
+		CheckCmdReplicaIdentity(leaf->info->ri_RelationDesc, command);
+	*checked = true;
+}
+
+/* Find the row by its key and update it; false when there is none. */
+static bool
+UpdateRow(Target *target, Leaf *leaf, TupleTableSlot *search, LockTupleMode mode)
+{
+	if (!leaf->plain)
+		return FindRow(leaf, search, mode) && UpdateFound(target, leaf, true);
+	CheckPublication(leaf, CMD_UPDATE);
+	while (PeekRow(leaf, search))
+	{
+		bool done = UpdateFound(target, leaf, false);
+
+		ExecClearTuple(leaf->found);
+		if (done)
+			return true;
+		CHECK_FOR_INTERRUPTS();
+	}
+	return false;
+}
+
+/* Find the row by its key and delete it; false when there is none. */
+static bool
+DeleteRow(Target *target, Leaf *leaf, TupleTableSlot *search)
+{
+	if (!leaf->plain)
+	{
+		if (!FindRow(leaf, search, LockTupleExclusive))
+			return false;
+		DeleteFound(target, leaf);
+		return true;
+	}
+	CheckPublication(leaf, CMD_DELETE);
+	while (PeekRow(leaf, search))
+	{
+		bool done = WriteDelete(target, leaf);
+
+		ExecClearTuple(leaf->found);
+		if (done)
+			return true;
+		CHECK_FOR_INTERRUPTS();
+	}
+	return false;
 }
 
 /* ---- changes ---- */
@@ -219,7 +338,7 @@ InsertRow(Session *session, Target *target)
 	if (Resolve(session, target, leaf, Type::InsertExists, row) == Action::Apply)
 	{
 		CheckOnce(session, target, ACL_UPDATE);
-		UpdateFound(target, leaf);
+		(void) UpdateFound(target, leaf, true);
 	}
 }
 
@@ -235,9 +354,10 @@ Update(Session *session, Target *target, const change::Change *change)
 	Leaf *leaf = Route(target, target->search);
 	TupleTableSlot *search = ToLeaf(leaf, target->search);
 
-	if (FindRow(leaf, search, change->has_old_key ? LockTupleExclusive : LockTupleNoKeyExclusive))
-		UpdateFound(target, leaf);
-	else if (Resolve(session, target, leaf, Type::UpdateMissing, search) == Action::Insert)
+	if (UpdateRow(target, leaf, search,
+				  change->has_old_key ? LockTupleExclusive : LockTupleNoKeyExclusive))
+		return;
+	if (Resolve(session, target, leaf, Type::UpdateMissing, search) == Action::Insert)
 	{
 		CheckOnce(session, target, ACL_INSERT);
 		InsertRow(session, target);
@@ -252,9 +372,7 @@ Delete(Session *session, Target *target, const change::Change *change)
 	Leaf *leaf = Route(target, target->search);
 	TupleTableSlot *search = ToLeaf(leaf, target->search);
 
-	if (FindRow(leaf, search, LockTupleExclusive))
-		DeleteFound(target, leaf);
-	else
+	if (!DeleteRow(target, leaf, search))
 		Resolve(session, target, leaf, Type::DeleteMissing, search);
 }
 
