@@ -205,7 +205,8 @@ InsertIndexEntriesOfUpdate(ResultRelInfo *info, TupleTableSlot *row, EState *est
 						   IndexesToUpdate which)
 {
 #if PG_VERSION_NUM >= 160000
-	return ExecInsertIndexTuples(info, row, estate, true, false, NULL, NIL, which == TU_Summarizing);
+	return ExecInsertIndexTuples(info, row, estate, true, false, NULL, NIL,
+								 which == TU_Summarizing);
 #else
 	(void) which;
 	return ExecInsertIndexTuples(info, row, estate, true, false, NULL, NIL);

@@ -83,10 +83,10 @@ struct Leaf
 	Leaf *next;
 	ResultRelInfo *info;
 	const char *schema;
-	bool fires;		  /* has row triggers that fire in replica role and are not ours */
-	bool queues;	  /* those, or rechecks of deferrable constraints */
-	bool plain;		  /* neither, nor generated columns: rows are written without the executor */
-	bool may_update;  /* no publication is against it; plain only */
+	bool fires;		 /* has row triggers that fire in replica role and are not ours */
+	bool queues;	 /* those, or rechecks of deferrable constraints */
+	bool plain;		 /* neither, nor generated columns: rows are written without the executor */
+	bool may_update; /* no publication is against it; plain only */
 	bool may_delete;
 	AttrMap *to_leaf; /* NULL: the layouts are equal */
 	AttrMap *to_root;

@@ -211,9 +211,9 @@ WriteUpdate(Target *target, Leaf *leaf, TupleTableSlot *row)
 		ExecConstraints(leaf->info, row, target->estate);
 	if (rel->rd_rel->relispartition)
 		ExecPartitionCheck(leaf->info, row, target->estate, true);
-	TM_Result result = table_tuple_update(rel, &leaf->found->tts_tid, row,
-										  target->estate->es_output_cid, InvalidSnapshot,
-										  InvalidSnapshot, true, &failure, &mode, &indexes);
+	TM_Result result =
+		table_tuple_update(rel, &leaf->found->tts_tid, row, target->estate->es_output_cid,
+						   InvalidSnapshot, InvalidSnapshot, true, &failure, &mode, &indexes);
 
 	if (!Written(result))
 		return false;
