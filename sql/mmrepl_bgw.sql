@@ -395,6 +395,57 @@ COMMENT ON FUNCTION mmrepl.skip(name, bigint, text) IS
 	'drop one queued transaction, on the record (mmrepl.skipped); returns the number of its changes';
 
 
+/* ---- What is in doubt ---- */
+
+CREATE FUNCTION mmrepl.doubts(
+	OUT stream integer,
+	OUT kind text,
+	OUT gid text,
+	OUT xid bigint,
+	OUT ticket bigint,
+	OUT since timestamptz,
+	OUT state text,
+	OUT next_step text)
+	RETURNS SETOF record
+	LANGUAGE c ROWS 10 AS 'MODULE_PATHNAME', 'mmrepl_doubts';
+COMMENT ON FUNCTION mmrepl.doubts() IS
+	'synchronous transactions whose end at the peer is not known here, as far as the caller may see them';
+
+CREATE VIEW mmrepl.in_doubt WITH (security_barrier) AS
+SELECT coalesce(f.srvname, t.server_name) AS server,
+	   d.kind,
+	   d.gid,
+	   d.xid,
+	   d.ticket,
+	   d.since,
+	   pg_catalog.clock_timestamp() - d.since AS age,
+	   d.state,
+	   d.next_step,
+	   t.owner::regrole AS owner,
+	   t.stream_id AS stream
+  FROM mmrepl.doubts() d
+  JOIN mmrepl.stream t ON t.stream_id = d.stream
+  LEFT JOIN pg_catalog.pg_foreign_server f ON f.oid = t.server;
+
+COMMENT ON VIEW mmrepl.in_doubt IS
+	'synchronous transactions whose end at the peer is not known here; they are completed by themselves';
+COMMENT ON COLUMN mmrepl.in_doubt.server IS 'the foreign server';
+COMMENT ON COLUMN mmrepl.in_doubt.kind IS
+	'last agent: the peer commits right after this node; two-phase: it is prepared there before';
+COMMENT ON COLUMN mmrepl.in_doubt.gid IS 'name of the prepared transaction at the peer; NULL: last agent';
+COMMENT ON COLUMN mmrepl.in_doubt.xid IS 'transaction id here';
+COMMENT ON COLUMN mmrepl.in_doubt.ticket IS 'its place in the commit order; NULL: it did not come so far';
+COMMENT ON COLUMN mmrepl.in_doubt.since IS 'since when: its commit here, else (by the peer''s clock) when it was prepared';
+COMMENT ON COLUMN mmrepl.in_doubt.age IS 'for how long';
+COMMENT ON COLUMN mmrepl.in_doubt.state IS
+	'what became of it here: committed, aborted, running, or unknown (this node was restored from an older state)';
+COMMENT ON COLUMN mmrepl.in_doubt.next_step IS 'what happens next, and who does it';
+COMMENT ON COLUMN mmrepl.in_doubt.owner IS 'the role whose user mapping is used';
+COMMENT ON COLUMN mmrepl.in_doubt.stream IS 'id of the stream';
+
+GRANT SELECT ON mmrepl.in_doubt TO PUBLIC;
+
+
 /* ---- Statistics ---- */
 
 /*

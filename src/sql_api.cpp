@@ -41,6 +41,7 @@ MMREPL_FUNCTION(mmrepl_resume, worker::SqlResume);
 MMREPL_FUNCTION(mmrepl_accept_peer, worker::SqlAcceptPeer);
 MMREPL_FUNCTION(mmrepl_retry_now, worker::SqlRetryNow);
 MMREPL_FUNCTION(mmrepl_skip, worker::SqlSkip);
+MMREPL_FUNCTION(mmrepl_doubts, worker::SqlDoubts);
 
 /* Statistics. */
 MMREPL_FUNCTION(mmrepl_stat_streams, stats::StatStreams);

@@ -77,6 +77,12 @@ struct Notes
 	bool peer_known;	 /* delivery: peer_node was told by hello() */
 	pg_uuid_t peer_node;
 	int lock_timeout; /* sync: ms, as set in the session; 0: none */
+	enum : char
+	{
+		kNotAsked,
+		kForbidden,
+		kAllowed
+	} prepared_transactions; /* sync: whether the peer has room for any */
 };
 
 /* The notes of an open connection; NULL when there is no such connection any more. */

@@ -20,7 +20,9 @@ enum class Mode : int
 /* mmrepl.two_phase: how a sync transaction ends at its peer. */
 enum class TwoPhase : int
 {
-	Off /* last agent: the peer commits right after the local commit */
+	Off,  /* last agent: the peer commits right after the local commit */
+	Auto, /* prepared at the peer before the local commit where the peer allows it */
+	On	  /* the same, and an error where the peer does not */
 };
 
 /* mmrepl.sync_flush: when inline changes travel. */
@@ -42,6 +44,7 @@ extern int sync_timeout;	   /* ms: bound of every wait for a peer in a user's tr
 extern int sync_lock_timeout;  /* ms: lock wait at the peer; 0: twice deadlock_timeout */
 extern int buffer_memory;	   /* kB a transaction may hold before it spills to the queue */
 extern int max_queue_size;	   /* kB waiting for one server at which the log warns; 0: never */
+extern int recovery_interval;  /* ms: between looks for prepared transactions of ours at a peer */
 extern int rotate_size;		   /* kB of a queue table at which the next one is taken */
 extern TwoPhase two_phase;
 extern Flush sync_flush;

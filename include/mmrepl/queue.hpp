@@ -27,6 +27,7 @@ constexpr uint16 kHead = 1;
 constexpr uint16 kChunked = 2;	/* the segments stand in chunk rows */
 constexpr uint16 kPrepared = 4; /* of a prepared transaction: may become visible late */
 constexpr uint16 kInlined = 8;	/* was executed at the peer inline: replay under its marker */
+constexpr uint16 kTwoPhase = 16; /* ... and prepared there before the local commit */
 
 constexpr uint32 kRowPayload = 8000; /* bytes of payload in one row, at most */
 
@@ -110,6 +111,9 @@ struct Ref
  */
 uint64 ResolvedBelow(const shmem::Stream &stream, int slot);
 
+/* Whether the ticket's transaction has not ended, here or (inline) at its peers. */
+bool IsInFlight(uint64 ticket);
+
 /*
  * Up to `limit` of the stream's visible transactions with after < ticket <
  * before, lowest first, and all prepared ones (any ticket) below `before`'s
@@ -127,6 +131,12 @@ Collected Collect(int32 stream, uint64 after, uint64 before, int limit);
 
 /* The head row with this very ticket; false when there is none. */
 bool FindHead(int32 stream, uint64 ticket, Ref *ref);
+
+/*
+ * The tickets of committed transactions of the stream by their xids, in one
+ * reading of the tables: tickets[i] belongs to xids[i], 0 where there is no head.
+ */
+void FindHeads(int32 stream, const uint64 *xids, int count, uint64 *tickets);
 
 /* Receives segments one after the other; the bytes live during the call. */
 using SegmentSink = void (*)(void *arg, const char *data, uint32 length);

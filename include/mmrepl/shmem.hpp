@@ -63,6 +63,25 @@ struct Counters
 	pg_atomic_uint64 reset_at; /* TimestampTz */
 };
 
+/* What is known here of the transaction behind a prepared transaction at the peer. */
+enum class LocalState : char
+{
+	Running, /* it has not ended here, or its session is still busy with its end */
+	Committed,
+	Aborted,
+	Unknown /* this node may have been restored from an older state: nobody may guess */
+};
+
+/* A prepared transaction of ours that the worker found at the peer and could not end. */
+struct Leftover
+{
+	uint64 xid;
+	TimestampTz since; /* by the peer's clock */
+	LocalState state;
+};
+
+constexpr int kMaxLeftovers = 16; /* that are shown */
+
 struct Stream
 {
 	/* Identity; changed under the registry lock only. */
@@ -82,6 +101,11 @@ struct Stream
 	pg_atomic_uint64 acked;		  /* watermark that the peer has reported */
 	pg_atomic_uint32 late_confirmed; /* late work up to this LateWord::Ended() is there, too */
 	pg_atomic_uint64 ring_gap;		 /* tickets <= this may be missing in the ring */
+
+	/* Inline transactions that are committed here and may not be at the peer: tickets. */
+	pg_atomic_uint64 doubt_from;
+	pg_atomic_uint64 doubt_to;
+	pg_atomic_uint32 recovery_requests; /* bumped to make the worker look for prepared ones */
 
 	/* Ring: byte positions that only grow; modulo the ring's size is the place. */
 	pg_atomic_uint64 ring_head;	 /* moved by committers, under the clock spinlock */
@@ -111,6 +135,8 @@ struct Stream
 	uint64 blocked_ticket;
 	char last_error[kErrorLength];
 	char last_error_sqlstate[6];
+	int n_leftovers;
+	Leftover leftovers[kMaxLeftovers]; /* the first n_leftovers are set */
 
 	Counters counters;
 
@@ -234,6 +260,7 @@ void RequestScoutOf(Oid database);
 /* Wake processes; safe in any state, no error. */
 void WakeWorker(Stream &stream);
 void CallForAttention(Stream &stream); /* wake it and let it read its configuration */
+void RequestRecovery(Stream &stream);  /* and let it look for prepared transactions of ours */
 void WakeLauncher();
 void NudgeWorkersOf(Oid database); /* wake only */
 void WakeWorkersOf(Oid database);  /* and let them read their configuration and retry now */

@@ -18,6 +18,16 @@
 namespace mmrepl::sync
 {
 
+/* How far a work's end at the peer is. */
+enum class Phase
+{
+	Open,	   /* its remote transaction can be committed or rolled back */
+	Preparing, /* PREPARE TRANSACTION was sent, and what became of it is not known */
+	Prepared
+};
+
+constexpr int kGidLength = 96;
+
 struct Work
 {
 	int32 stream;
@@ -31,6 +41,8 @@ struct Work
 	uint32 parts;	   /* batches sent so far */
 	int release_level; /* this savepoint and those above it are to be released; 0: none */
 	uint64 serial;	   /* the connection's, to notice that it was replaced */
+	Phase phase;
+	char gid[kGidLength]; /* set before it is prepared */
 };
 
 /* palloc'd in TopTransactionContext. */
@@ -64,10 +76,68 @@ void SubAbort(Work *work, int nest_level);
  */
 void BeforeCommit(Work *work);
 
-/* From the COMMIT callback: COMMIT at the peer, bounded, quiet. True when confirmed. */
+/*
+ * Whether the work is to be prepared at the peer: mmrepl.two_phase says so, and
+ * the peer allows prepared transactions.  Raises if it does not and has to.
+ */
+bool EndsInTwoPhases(Work *work);
+
+/*
+ * Instead of BeforeCommit(): PREPARE TRANSACTION at the peers, sent to all of
+ * them before the first answer is awaited.  Raises as Flush does; what was
+ * prepared by then, Abort() rolls back.
+ */
+void Prepare(Work *const *works, int count, uint64 xid);
+
+/*
+ * From the COMMIT callback: COMMIT or COMMIT PREPARED at the peer, bounded,
+ * quiet.  True when confirmed.
+ */
 bool Commit(Work *work);
 
-/* From the ABORT callback: ROLLBACK at the peer or close the connection; quiet. */
-void Abort(Work *work);
+/*
+ * From the ABORT callback: ROLLBACK or ROLLBACK PREPARED at the peer, or close
+ * the connection; quiet.  False when a prepared transaction may be left there.
+ */
+bool Abort(Work *work);
+
+/* ---- recovery ---- */
+
+/* A prepared transaction of ours at the peer. */
+struct PreparedThere
+{
+	char *gid;
+	uint64 xid;	 /* ours; 0: the gid is none that we make */
+	char *owner; /* the role that prepared it: that one, or a superuser, can end it */
+	TimestampTz prepared;
+};
+
+/* What a look at the peer found; palloc'd. */
+struct Found
+{
+	bool allowed; /* max_prepared_transactions is not 0 there */
+	PreparedThere *list;
+	int count;
+};
+
+/*
+ * List the stream's prepared transactions in the peer's database; false with
+ * *failure filled.
+ */
+bool ListPrepared(PGconn *conn, const pg_uuid_t &node, int32 stream, TimestampTz deadline,
+				  Found *found, connection::Failure *failure);
+
+/*
+ * COMMIT PREPARED or ROLLBACK PREPARED; true when it is done, by us or by
+ * somebody else; false with *failure filled.
+ */
+bool EndPrepared(PGconn *conn, const char *gid, bool commit, TimestampTz deadline,
+				 connection::Failure *failure);
+
+/* Write the gid of a transaction of ours into a buffer of kGidLength bytes. */
+void FormatGid(char *gid, const pg_uuid_t &node, int32 stream, uint64 xid);
+
+/* Whether a gid is one that this extension makes. */
+bool IsOurGid(const char *gid);
 
 } // namespace mmrepl::sync

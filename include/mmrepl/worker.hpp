@@ -20,5 +20,6 @@ Datum SqlResume(FunctionCallInfo fcinfo);
 Datum SqlRetryNow(FunctionCallInfo fcinfo);
 Datum SqlAcceptPeer(FunctionCallInfo fcinfo);
 Datum SqlSkip(FunctionCallInfo fcinfo);
+Datum SqlDoubts(FunctionCallInfo fcinfo);
 
 } // namespace mmrepl::worker

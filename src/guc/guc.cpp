@@ -21,6 +21,7 @@ int sync_timeout = 10000;
 int sync_lock_timeout = 0;
 int buffer_memory = 4096;
 int max_queue_size = 0;
+int recovery_interval = 60000;
 int rotate_size = 65536;
 TwoPhase two_phase = TwoPhase::Off;
 Flush sync_flush = Flush::Statement;
@@ -37,6 +38,8 @@ static const struct config_enum_entry mode_options[] = {
 
 static const struct config_enum_entry two_phase_options[] = {
 	{"off", (int) TwoPhase::Off, false},
+	{"auto", (int) TwoPhase::Auto, false},
+	{"on", (int) TwoPhase::On, false},
 	{NULL, 0, false},
 };
 
@@ -73,6 +76,10 @@ DefineWorkerSettings()
 			  "Changes waiting for one server at which the server log warns; 0 never warns.",
 			  "Nothing is dropped: the queue goes on growing.", &max_queue_size, 0, INT_MAX,
 			  PGC_SIGHUP, GUC_UNIT_KB);
+	DefineInt("mmrepl.recovery_interval",
+			  "Longest time between two looks for prepared transactions of ours at a peer.",
+			  "Only peers whose max_prepared_transactions is not 0 are looked at.",
+			  &recovery_interval, 1000, 3600000, PGC_SIGHUP, GUC_UNIT_MS);
 	DefineInt("mmrepl.retry_max_delay", "Longest delay between two tries to reach a peer.", NULL,
 			  &retry_max_delay, 10, 3600000, PGC_SIGHUP, GUC_UNIT_MS);
 	DefineInt("mmrepl.retry_min_delay", "First delay between two tries to reach a peer.",
@@ -115,7 +122,9 @@ DefineSessionSettings()
 							 mode_options, PGC_USERSET, 0, NULL, NULL, NULL);
 	DefineCustomEnumVariable("mmrepl.two_phase",
 							 "How a transaction of sync pairs ends at its peer.",
-							 "'off': the peer commits right after the local commit.",
+							 "'off': the peer commits right after the local commit. 'auto': it "
+							 "prepares before and commits after it, if it allows prepared "
+							 "transactions. 'on': the same, and an error if it does not.",
 							 (int *) &two_phase, (int) TwoPhase::Off, two_phase_options,
 							 PGC_USERSET, 0, NULL, NULL, NULL);
 	DefineCustomEnumVariable("mmrepl.sync_flush", "When changes of sync pairs travel.", NULL,

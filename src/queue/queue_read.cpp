@@ -154,6 +154,21 @@ FindHead(int32 stream, uint64 ticket, Ref *ref)
 }
 
 void
+FindHeads(int32 stream, const uint64 *xids, int count, uint64 *tickets)
+{
+	memset(tickets, 0, sizeof(uint64) * count);
+	WithLatestSnapshot([&] {
+		ScanQueue([&](uint32, const Row &row, const ItemPointerData &) {
+			if (row.stream != stream || !(row.flags & kHead))
+				return;
+			for (int i = 0; i < count; i++)
+				if (xids[i] == row.xid)
+					tickets[i] = row.ticket;
+		});
+	});
+}
+
+void
 CountBacklog(int32 stream, uint64 after, uint64 upto, uint64 *transactions, uint64 *changes,
 			 uint64 *bytes, uint64 *oldest)
 {

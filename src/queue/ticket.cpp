@@ -146,6 +146,21 @@ CountQueued(shmem::Stream &stream, const Outgoing *out, uint64 ticket)
 	pg_atomic_compare_exchange_u64(&stream.oldest_ticket, &none, ticket);
 }
 
+/*
+ * An inline transaction is committed here and not known to be at the peer.  What
+ * is confirmed is in doubt no more, so that the range need not be emptied.
+ */
+static void
+NoteDoubt(shmem::Stream &stream, uint64 ticket)
+{
+	uint64 from = pg_atomic_read_u64(&stream.doubt_from);
+
+	while ((from > ticket || from <= pg_atomic_read_u64(&stream.confirmed)) &&
+		   !pg_atomic_compare_exchange_u64(&stream.doubt_from, &from, ticket))
+		;
+	AtomicMax(&stream.doubt_to, ticket);
+}
+
 void
 Settle(Outgoing *out, uint64 ticket, Fate fate)
 {
@@ -160,6 +175,8 @@ Settle(Outgoing *out, uint64 ticket, Fate fate)
 
 	if (fate == Fate::Committed)
 	{
+		if (out->flags & kInlined)
+			NoteDoubt(stream, ticket);
 		AtomicMax(&stream.last_queued, ticket);
 		CountQueued(stream, out, ticket);
 	}
@@ -178,7 +195,10 @@ NoteQueuedForAll(uint64 ticket)
 
 	for (int i = 0; i < guc::max_servers; i++)
 		if (state.streams[i].in_use && state.streams[i].database == MyDatabaseId)
+		{
 			AtomicMax(&state.streams[i].last_queued, ticket);
+			NoteDoubt(state.streams[i], ticket);
+		}
 }
 
 /* Wake who waits for the part's settlement. */
@@ -233,6 +253,15 @@ ResolvedBelow(const shmem::Stream &, int slot)
 	SpinLockRelease(&state.clock_mutex);
 	pg_memory_barrier();
 	return low;
+}
+
+bool
+IsInFlight(uint64 ticket)
+{
+	for (int i = 0; i < shmem::Get().n_slots; i++)
+		if (pg_atomic_read_u64(&shmem::SlotOf(i).ticket) == ticket)
+			return true;
+	return false;
 }
 
 void

@@ -222,6 +222,7 @@ ActivateStream(int index, uint64 confirmed)
 			pg_atomic_write_u32(&slots[i].everyone, 1);
 		pg_atomic_write_u64(&stream->ring_gap, state->last_ticket);
 		pg_atomic_write_u64(&stream->last_queued, state->last_ticket);
+		pg_atomic_write_u64(&stream->doubt_to, state->last_ticket);
 		stream->last_ticket = state->last_ticket;
 		stream->in_use = true;
 		stream->epoch = ++state->registrations;
@@ -363,6 +364,13 @@ CallForAttention(Stream &stream)
 	SpinLockAcquire(&stream.mutex);
 	stream.attention++;
 	SpinLockRelease(&stream.mutex);
+	WakeWorker(stream);
+}
+
+void
+RequestRecovery(Stream &stream)
+{
+	pg_atomic_fetch_add_u32(&stream.recovery_requests, 1);
 	WakeWorker(stream);
 }
 

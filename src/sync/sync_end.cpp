@@ -61,6 +61,7 @@ Reset(Work *work)
 	work->release_level = 0;
 	work->parts = 0;
 	work->serial = 0;
+	work->phase = Phase::Open;
 }
 
 /*
@@ -131,18 +132,34 @@ SubAbort(Work *work, int nest_level)
 		Drop(work, work->parts);
 }
 
+/* Whether the peer is asked for the work's end at all: its session stands as it should. */
+static bool
+CanEnd(const Work *work)
+{
+	PGTransactionStatusType expected =
+		work->phase == Phase::Prepared ? PQTRANS_IDLE : PQTRANS_INTRANS;
+
+	return work->begun && !work->broken && Usable(work) &&
+		   PQtransactionStatus(work->conn) == expected;
+}
+
 /*
- * COMMIT at the peer; true when it was confirmed.  Anything else leaves it in
- * doubt, and the worker completes it from the queue.  A slow COMMIT is not
+ * COMMIT or COMMIT PREPARED at the peer; true when it was confirmed.  Anything
+ * else leaves it in doubt, and the worker completes it.  A slow COMMIT is not
  * cancelled: it may be waiting for a standby of the peer, which it would then
  * not do any more.
  */
 bool
 Commit(Work *work)
 {
-	if (!work->begun || work->broken || !Usable(work) ||
-		PQtransactionStatus(work->conn) != PQTRANS_INTRANS ||
-		!connection::ExecQuietly(work->conn, "COMMIT", QuietTimeout()))
+	char sql[kGidLength + 32] = "COMMIT";
+
+	if (work->phase == Phase::Prepared)
+	{
+		snprintf(sql, sizeof(sql), "COMMIT PREPARED '%s'", work->gid);
+		MMREPL_CRASH_POINT("two-phase-committing");
+	}
+	if (!CanEnd(work) || !connection::ExecQuietly(work->conn, sql, QuietTimeout()))
 	{
 		Drop(work, work->parts);
 		return false;
@@ -151,16 +168,36 @@ Commit(Work *work)
 	return true;
 }
 
-/* ROLLBACK at the peer, or close the connection. */
-void
+/* Roll a prepared transaction back; false when it may be there still, or come yet. */
+static bool
+RollBackPrepared(Work *work)
+{
+	char sql[kGidLength + 32];
+	bool done;
+
+	snprintf(sql, sizeof(sql), "ROLLBACK PREPARED '%s'", work->gid);
+	MMREPL_CRASH_POINT("two-phase-rolling-back");
+	done = work->phase == Phase::Prepared && CanEnd(work) &&
+		   connection::ExecQuietly(work->conn, sql, kRollbackTimeout);
+	if (!done)
+		Drop(work, 0);
+	Reset(work);
+	return done;
+}
+
+/* ROLLBACK at the peer, or close the connection; false when something prepared may be left. */
+bool
 Abort(Work *work)
 {
+	if (work->phase != Phase::Open)
+		return RollBackPrepared(work);
 	if (work->conn != NULL)
 	{
 		MMREPL_CRASH_POINT("sync-rolling-back");
 		RollBack(work);
 	}
 	Reset(work);
+	return true;
 }
 
 } // namespace mmrepl::sync

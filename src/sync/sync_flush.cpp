@@ -43,15 +43,6 @@ LockTimeout(const pg_uuid_t &peer)
 	return (int) Min(base, INT_MAX);
 }
 
-/* A command that failed: was the session lost with it, or did it stay silent? */
-Outcome
-Judge(const Work *work, const Failure *failure)
-{
-	if (failure->sqlstate == ERRCODE_MMREPL_SYNC_TIMEOUT || connection::WasLost(work->conn, NULL))
-		return Outcome::Lost;
-	return Outcome::Refused;
-}
-
 /* Learn who the peer is, once for a connection. */
 Outcome
 Introduce(const Request &request, connection::Notes *notes)
@@ -157,6 +148,17 @@ ConverseSafely(const Request &request, Segment *first, bool *fresh)
 	return outcome;
 }
 
+} // namespace
+
+/* A command that failed: was the session lost with it, or did it stay silent? */
+Outcome
+Judge(const Work *work, const Failure *failure)
+{
+	if (failure->sqlstate == ERRCODE_MMREPL_SYNC_TIMEOUT || connection::WasLost(work->conn, NULL))
+		return Outcome::Lost;
+	return Outcome::Refused;
+}
+
 /* Raise what the peer refused; a lock wait that was too long is a deadlock to the user. */
 [[noreturn]] void
 RaiseRefusal(const Work *work, const Failure *failure, const char *command)
@@ -184,8 +186,6 @@ RequireUsable(Work *work)
 						errdetail("What this transaction had done there is undone."),
 						errhint("Roll back and retry the transaction.")));
 }
-
-} // namespace
 
 /* A work without a connection yet; lives as long as the transaction. */
 Work *
@@ -217,6 +217,12 @@ Reach(const Request &request, bool *fresh)
 	outcome = Introduce(request, notes);
 	if (outcome == Outcome::Done)
 		outcome = SetLockTimeout(request, notes);
+	if (outcome == Outcome::Done && guc::two_phase == guc::TwoPhase::On)
+	{
+		bool allowed;
+
+		outcome = RequireTwoPhase(request, &allowed);
+	}
 	MMREPL_FAULT_POINT("sync-reached");
 	return outcome;
 }

@@ -57,6 +57,19 @@ void Abandon(Work *work, uint32 kept);
 /* Roll the remote transaction back, by closing the connection if need be; raises nothing. */
 void RollBack(Work *work);
 
+/* Raise what the peer refused; a lock wait that was too long is a deadlock to the user. */
+[[noreturn]] void RaiseRefusal(const Work *work, const connection::Failure *failure,
+							   const char *command);
+
+/* Raise unless the remote transaction, if one was begun, is there and can be used. */
+void RequireUsable(Work *work);
+
+/* What a failed command means: the session was lost with it (or stayed silent), or refused it. */
+Outcome Judge(const Work *work, const connection::Failure *failure);
+
+/* With two_phase = 'on': raise unless the peer allows prepared transactions.  *allowed tells. */
+Outcome RequireTwoPhase(const Request &request, bool *allowed);
+
 /* Bound of a command that runs in a callback, in milliseconds. */
 int QuietTimeout();
 

@@ -25,13 +25,20 @@ namespace mmrepl::transaction
 
 static ExecutorFinish_hook_type previous_executor_finish;
 static ProcessUtility_hook_type previous_process_utility;
+static bool preparing_ours; /* PREPARE TRANSACTION with a gid as peers make them */
 
 /* ---- PRE_COMMIT ---- */
 
-/* Let every peer of sync work refuse what it is going to refuse. */
+/*
+ * Let every peer of sync work refuse what it is going to refuse: those that are
+ * last agents first, then those that prepare, all at the same time.
+ */
 static void
 FinishInline(bool prepare)
 {
+	sync::Work *preparing[shmem::kMaxStreams];
+	int n_preparing = 0;
+
 	FlushPending();
 	for (Work *work = current.works; work != NULL; work = work->next)
 	{
@@ -42,10 +49,18 @@ FinishInline(bool prepare)
 					(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
 					 errmsg("cannot PREPARE a transaction that was replicated synchronously"),
 					 errhint("Use SET LOCAL mmrepl.mode = 'async' in the transaction.")));
-		if (work->changes > 0)
-			sync::BeforeCommit(work->inlined);
 		ForceSyncCommit();
+		if (work->changes == 0)
+			continue;
+		MmreplEnsure(n_preparing < shmem::kMaxStreams, "too many streams in a transaction");
+		work->out.slot = queue::SlotOf(work->route.stream); /* whom Abort() may have to call */
+		if (sync::EndsInTwoPhases(work->inlined))
+			preparing[n_preparing++] = work->inlined;
+		else
+			sync::BeforeCommit(work->inlined);
 	}
+	if (n_preparing > 0)
+		sync::Prepare(preparing, n_preparing, U64FromFullTransactionId(GetTopFullTransactionId()));
 }
 
 /* Collect the works that have something to queue, chunk rows complete. */
@@ -64,9 +79,25 @@ PrepareParts(bool prepare)
 			work->out.flags |= queue::kPrepared;
 		if (work->inlined != NULL && work->inlined->begun)
 			work->out.flags |= queue::kInlined;
+		if (work->inlined != NULL && work->inlined->phase == sync::Phase::Prepared)
+			work->out.flags |= queue::kTwoPhase;
 		queue::PrepareHead(&work->out, work->first, current.context);
 		current.parts[current.n_parts++] = &work->out;
 	}
+}
+
+/*
+ * A prepared transaction of a peer holds no queue rows, so that its COMMIT
+ * PREPARED need not stop the workers; nobody else may take such a name.
+ */
+static void
+RequireForeignGid()
+{
+	if (preparing_ours)
+		ereport(ERROR,
+				(errcode(ERRCODE_RESERVED_NAME),
+				 errmsg("transaction identifiers that begin with \"mmrepl_\" are reserved"),
+				 errdetail("The transaction changed replicated tables.")));
 }
 
 static void
@@ -81,6 +112,8 @@ BeforeCommit(bool prepare)
 	current.written = true;
 	if (current.n_parts == 0)
 		return;
+	if (prepare)
+		RequireForeignGid();
 	MMREPL_FAULT_POINT("commit-parts-ready");
 	current.ticket = queue::DrawTicket(current.parts, current.n_parts, !prepare);
 	MMREPL_FAULT_POINT("commit-ticket-drawn");
@@ -117,6 +150,14 @@ CountSync(const Work *work, bool delivered)
 	pg_atomic_fetch_add_u64(delivered ? &counters.sync_transactions : &counters.sync_failures, 1);
 }
 
+/* A prepared transaction may be left at the peer: the worker looks, before it goes on. */
+static void
+CallRecovery(const Work *work)
+{
+	if (work->out.slot >= 0)
+		shmem::RequestRecovery(shmem::Get().streams[work->out.slot]);
+}
+
 /* Commit at the peer; the fate tells whether the worker has anything left to do. */
 static queue::Fate
 EndInline(Work *work)
@@ -131,6 +172,8 @@ EndInline(Work *work)
 	MMREPL_CRASH_POINT("commit-before-peer");
 	bool delivered = sync::Commit(work->inlined);
 
+	if (!delivered && (work->out.flags & queue::kTwoPhase))
+		CallRecovery(work);
 	MMREPL_CRASH_POINT("commit-after-peer");
 	CountSync(work, delivered);
 	return delivered ? queue::Fate::Delivered : queue::Fate::Committed;
@@ -145,8 +188,8 @@ SettleAll(queue::Fate fate)
 
 		if (fate == queue::Fate::Committed)
 			own = EndInline(work);
-		else if (work->inlined != NULL)
-			sync::Abort(work->inlined);
+		else if (work->inlined != NULL && !sync::Abort(work->inlined))
+			CallRecovery(work);
 		if (current.ticket != 0 && work->changes > 0)
 			queue::Settle(&work->out, current.ticket, own);
 	}
@@ -230,6 +273,7 @@ AfterEnd(queue::Fate fate)
 		EndLateCommit(*current.late);
 	NoteWakes(fate == queue::Fate::Committed);
 	current = {};
+	preparing_ours = false;
 	origin::Reset();
 	apply::AtTransactionEnd();
 }
@@ -341,11 +385,16 @@ OnExecutorFinish(QueryDesc *query)
 		AfterStatement();
 }
 
+/* Whether the command is of that kind; *ours: with the name of a peer's transaction. */
 static bool
-IsCommitPrepared(const PlannedStmt *statement)
+IsTransactionCommand(const PlannedStmt *statement, TransactionStmtKind kind, bool *ours)
 {
-	return IsA(statement->utilityStmt, TransactionStmt) &&
-		   ((TransactionStmt *) statement->utilityStmt)->kind == TRANS_STMT_COMMIT_PREPARED;
+	const TransactionStmt *command = (const TransactionStmt *) statement->utilityStmt;
+
+	if (!IsA(command, TransactionStmt) || command->kind != kind)
+		return false;
+	*ours = command->gid != NULL && sync::IsOurGid(command->gid);
+	return true;
 }
 
 /*
@@ -369,8 +418,13 @@ OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
 				 ProcessUtilityContext context, ParamListInfo params, QueryEnvironment *environment,
 				 DestReceiver *dest, QueryCompletion *completion)
 {
-	if (shmem::Ready() && IsCommitPrepared(statement))
+	bool ours;
+
+	if (shmem::Ready() && IsTransactionCommand(statement, TRANS_STMT_COMMIT_PREPARED, &ours) &&
+		!ours)
 		BeginLateCommit();
+	if (IsTransactionCommand(statement, TRANS_STMT_PREPARE, &ours))
+		preparing_ours = ours;
 	RunUtility(previous_process_utility,
 			   {statement, text, read_only, context, params, environment, dest, completion});
 	if (current.late != NULL)

@@ -95,6 +95,12 @@ DrainOver(PGconn *conn, const char *server, Feed *feed, int64 limit)
 	delivery::Peer peer = delivery::Hello(conn, server, feed->node, feed->stream,
 										  connection::DeadlineIn(guc::connect_timeout));
 	Budget budget = {(int64) guc::batch_size * 1024, guc::batch_transactions, limit};
+	RecoveryPlace place = {conn, server, feed->node, feed->stream, feed->shared, NULL};
+	connection::Failure failure = {};
+	Leftovers left;
+
+	if (!RecoverPrepared(place, &left, &failure))
+		connection::ReportFailure(&failure, server, NULL);
 
 	ResetFeed(feed, peer.watermark);
 	while (budget.changes > 0)

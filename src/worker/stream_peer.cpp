@@ -167,6 +167,7 @@ OpenPeer(Session *session)
 	AddWaitEventToSet(session->events, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
 	session->socket_event =
 		AddWaitEventToSet(session->events, WL_SOCKET_READABLE, PQsocket(session->conn), NULL, NULL);
+	RecoverSoon(session);
 	return true;
 }
 

@@ -59,6 +59,11 @@ struct Session
 	uint64 persisted;	  /* confirmed, as last written to the stream's row */
 	TimestampTz upkeep_at;
 	bool warned_of_size;
+
+	TimestampTz recovery_at; /* when to look for prepared transactions again */
+	int64 recovery_delay;	 /* before that look */
+	uint32 recovery_seen;	 /* requests known */
+	uint64 warned_xid;		 /* the log was told that it cannot be ended */
 };
 
 /* session.cpp: connection, ordering lock, failures */
@@ -68,6 +73,10 @@ void DropPeer(Session *session);
 void ReleaseLock(Session *session);
 void Fail(Session *session, const connection::Failure *failure, bool refused);
 void NoteSuccess(Session *session);
+
+/* recovery.cpp: Resolve() looks for prepared transactions if it is time */
+void RecoverSoon(Session *session);
+void Resolve(Session *session);
 
 /* pipeline.cpp: batches out, results in */
 bool Receive(Session *session);

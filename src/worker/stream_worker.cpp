@@ -155,6 +155,8 @@ Timeout(const Session *session)
 		due = now + kLockRetry;
 	if (pg_atomic_read_u64(&session->shared->confirmed) != session->persisted)
 		due = due == 0 ? session->upkeep_at : Min(due, session->upkeep_at);
+	if ((session->conn != NULL || session->shared->paused) && session->recovery_at != DT_NOEND)
+		due = due == 0 ? session->recovery_at : Min(due, session->recovery_at);
 	if (due == 0)
 		return -1;
 	return Max(TimestampDifferenceMilliseconds(now, due), 1L);
@@ -235,10 +237,17 @@ Round(Session *session)
 		return;
 	if (session->shared->paused || session->shared->handover_requests > 0)
 	{
+		Resolve(session);
 		StandAside(session, session->shared->paused);
 		return;
 	}
-	if (BackingOff(session) || !EnsureConnected(session))
+	if (BackingOff(session))
+		return;
+	bool ready = EnsureConnected(session);
+
+	if (session->conn != NULL)
+		Resolve(session);
+	if (!ready || session->conn == NULL)
 		return;
 	Send(session);
 	if (session->conn != NULL)

@@ -136,6 +136,34 @@ InTransaction(Fn fn)
 	}
 }
 
+/* recovery.cpp: prepared transactions of a stream at its peer */
+
+/* Where to look. */
+struct RecoveryPlace
+{
+	PGconn *conn; /* idle, not in pipeline mode */
+	const char *server;
+	pg_uuid_t node;
+	int32 stream;
+	shmem::Stream *shared;
+	uint64 *warned; /* xid that the log was last told of; NULL: tell nobody */
+};
+
+/* What is left there, and why. */
+struct Leftovers
+{
+	shmem::Leftover list[shmem::kMaxLeftovers];
+	int count;
+	bool allowed; /* more can come: max_prepared_transactions is not 0 there */
+	bool running; /* one of them has not ended here */
+};
+
+/*
+ * End what can be ended, and show the rest in the view; false with *failure
+ * filled when the connection is lost.
+ */
+bool RecoverPrepared(const RecoveryPlace &place, Leftovers *left, connection::Failure *failure);
+
 /* database_hook.cpp */
 void InitDatabaseHook();
 

@@ -1,0 +1,165 @@
+/*
+ * in_doubt.cpp
+ *		mmrepl.doubts(): synchronous transactions whose end at the peer is not known
+ *		here, for the view mmrepl.in_doubt.
+ *
+ * What was committed here stands in the queue, in the range of tickets that was
+ * in doubt and is not confirmed.  What was not, and is prepared at the peer all
+ * the same, is what the worker last found there.
+ */
+#include "worker_internal.hpp"
+
+#include "mmrepl/sync.hpp"
+
+namespace mmrepl::worker
+{
+
+constexpr int kColumns = 8;
+constexpr int kRefsAtATime = 65536;
+
+/* One row of the view. */
+struct Doubt
+{
+	int32 stream;
+	bool two_phase;
+	uint64 xid;
+	uint64 ticket; /* 0: none was drawn, or it is not known */
+	TimestampTz since;
+	const char *state;
+	const char *next_step;
+};
+
+static void
+PutDoubt(ReturnSetInfo *result, const pg_uuid_t &node, const Doubt &doubt)
+{
+	Datum values[kColumns];
+	bool nulls[kColumns] = {};
+	char gid[sync::kGidLength];
+
+	sync::FormatGid(gid, node, doubt.stream, doubt.xid);
+	values[0] = Int32GetDatum(doubt.stream);
+	values[1] = CStringGetTextDatum(doubt.two_phase ? "two-phase" : "last agent");
+	values[2] = CStringGetTextDatum(gid);
+	nulls[2] = !doubt.two_phase;
+	values[3] = Int64GetDatum((int64) doubt.xid);
+	values[4] = Int64GetDatum((int64) doubt.ticket);
+	nulls[4] = doubt.ticket == 0;
+	values[5] = TimestampTzGetDatum(doubt.since);
+	values[6] = CStringGetTextDatum(doubt.state);
+	values[7] = CStringGetTextDatum(doubt.next_step);
+	tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
+}
+
+/* ---- committed here ---- */
+
+static Doubt
+CommittedDoubt(const catalog::StreamRow *row, const queue::Ref &ref)
+{
+	Doubt doubt = {};
+
+	doubt.stream = row->id;
+	doubt.two_phase = ref.flags & queue::kTwoPhase;
+	doubt.xid = ref.xid;
+	doubt.ticket = ref.ticket;
+	doubt.since = shmem::TicketTime(ref.ticket);
+	doubt.state = "committed";
+	doubt.next_step = queue::IsInFlight(ref.ticket) ? "the session commits at the peer"
+					  : doubt.two_phase ? "the worker commits the prepared transaction"
+										: "the worker replays it, unless the peer has it";
+	return doubt;
+}
+
+/* Inline transactions in the range of tickets in doubt. */
+static void
+PutCommitted(ReturnSetInfo *result, const pg_uuid_t &node, const catalog::StreamRow *row,
+			 shmem::Stream &stream)
+{
+	uint64 from = pg_atomic_read_u64(&stream.doubt_from);
+	uint64 after = Max(pg_atomic_read_u64(&stream.confirmed), from == 0 ? 0 : from - 1);
+	uint64 to = pg_atomic_read_u64(&stream.doubt_to);
+	bool complete = after >= to;
+
+	while (!complete)
+	{
+		queue::Collected waiting = queue::Collect(row->id, after, to + 1, kRefsAtATime);
+
+		complete = waiting.complete;
+		for (int i = 0; i < waiting.count; i++)
+		{
+			if (waiting.refs[i].ticket > after && (waiting.refs[i].flags & queue::kInlined))
+				PutDoubt(result, node, CommittedDoubt(row, waiting.refs[i]));
+			after = Max(after, waiting.refs[i].ticket);
+		}
+		pfree(waiting.refs);
+	}
+}
+
+/* ---- prepared at the peer ---- */
+
+static Doubt
+PreparedDoubt(const catalog::StreamRow *row, const shmem::Leftover &left)
+{
+	Doubt doubt = {};
+
+	doubt.stream = row->id;
+	doubt.two_phase = true;
+	doubt.xid = left.xid;
+	doubt.since = left.since;
+	switch (left.state)
+	{
+		case shmem::LocalState::Running:
+			doubt.state = "running";
+			doubt.next_step = "the session ends it";
+			break;
+		case shmem::LocalState::Aborted:
+			doubt.state = "aborted";
+			doubt.next_step = "the worker rolls the prepared transaction back";
+			break;
+		default:
+			doubt.state = "unknown";
+			doubt.next_step = "somebody has to decide: see the server log";
+			break;
+	}
+	return doubt;
+}
+
+/* What the worker found at the peer, but for what stands in the queue. */
+static void
+PutLeftovers(ReturnSetInfo *result, const pg_uuid_t &node, const catalog::StreamRow *row,
+			 shmem::Stream &stream)
+{
+	shmem::Leftover left[shmem::kMaxLeftovers];
+
+	SpinLockAcquire(&stream.mutex);
+	int count = stream.n_leftovers;
+
+	memcpy(left, stream.leftovers, sizeof(left));
+	SpinLockRelease(&stream.mutex);
+	for (int i = 0; i < count; i++)
+		if (left[i].state != shmem::LocalState::Committed)
+			PutDoubt(result, node, PreparedDoubt(row, left[i]));
+}
+
+Datum
+SqlDoubts(FunctionCallInfo fcinfo)
+{
+	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
+	pg_uuid_t node = catalog::NodeId();
+	ListCell *cell;
+
+	shmem::RequireReady();
+	InitMaterializedSRF(fcinfo, 0);
+	foreach(cell, catalog::AllStreams())
+	{
+		const catalog::StreamRow *row = (const catalog::StreamRow *) lfirst(cell);
+		int slot = queue::SlotOf(row->id);
+
+		if (slot < 0 || !stats::MaySeeStatistics(row->owner))
+			continue;
+		PutCommitted(result, node, row, shmem::Get().streams[slot]);
+		PutLeftovers(result, node, row, shmem::Get().streams[slot]);
+	}
+	PG_RETURN_NULL();
+}
+
+} // namespace mmrepl::worker
