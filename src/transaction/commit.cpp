@@ -59,8 +59,16 @@ FinishInline(bool prepare)
 		else
 			sync::BeforeCommit(work->inlined);
 	}
-	if (n_preparing > 0)
-		sync::Prepare(preparing, n_preparing, U64FromFullTransactionId(GetTopFullTransactionId()));
+	if (n_preparing == 0)
+		return;
+
+	/*
+	 * The peers will know us by our transaction id.  Were it not in the flushed
+	 * WAL, a crash could give it to another transaction, which would then decide
+	 * what becomes of this one there.
+	 */
+	XLogFlush(XactLastRecEnd);
+	sync::Prepare(preparing, n_preparing, U64FromFullTransactionId(GetTopFullTransactionId()));
 }
 
 /* Collect the works that have something to queue, chunk rows complete. */
