@@ -24,9 +24,9 @@ namespace mmrepl::queue
 {
 
 constexpr uint16 kHead = 1;
-constexpr uint16 kChunked = 2;	/* the segments stand in chunk rows */
-constexpr uint16 kPrepared = 4; /* of a prepared transaction: may become visible late */
-constexpr uint16 kInlined = 8;	/* was executed at the peer inline: replay under its marker */
+constexpr uint16 kChunked = 2;	 /* the segments stand in chunk rows */
+constexpr uint16 kPrepared = 4;	 /* of a prepared transaction: may become visible late */
+constexpr uint16 kInlined = 8;	 /* was executed at the peer inline: replay under its marker */
 constexpr uint16 kTwoPhase = 16; /* ... and prepared there before the local commit */
 
 constexpr uint32 kRowPayload = 8000; /* bytes of payload in one row, at most */

@@ -78,8 +78,7 @@ NoAnswer(Work *work, bool in_time, Failure *failure)
 	{
 		*failure = {};
 		failure->sqlstate = ERRCODE_MMREPL_SYNC_TIMEOUT;
-		failure->message =
-			psprintf("server \"%s\" did not answer in time", work->server_name);
+		failure->message = psprintf("server \"%s\" did not answer in time", work->server_name);
 		failure->hint = pstrdup("mmrepl.sync_timeout bounds the wait.");
 	}
 	return Outcome::Lost;
@@ -310,8 +309,8 @@ ListPrepared(PGconn *conn, const pg_uuid_t &node, int32 stream, TimestampTz dead
 bool
 EndPrepared(PGconn *conn, const char *gid, bool commit, TimestampTz deadline, Failure *failure)
 {
-	const char *sql = psprintf("%s PREPARED %s", commit ? "COMMIT" : "ROLLBACK",
-							   quote_literal_cstr(gid));
+	const char *sql =
+		psprintf("%s PREPARED %s", commit ? "COMMIT" : "ROLLBACK", quote_literal_cstr(gid));
 	PGresult *res = connection::TryExec(conn, sql, 0, NULL, deadline, failure);
 
 	PQclear(res);

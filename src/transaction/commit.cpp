@@ -102,10 +102,9 @@ static void
 RequireForeignGid()
 {
 	if (preparing_ours)
-		ereport(ERROR,
-				(errcode(ERRCODE_RESERVED_NAME),
-				 errmsg("transaction identifiers that begin with \"mmrepl_\" are reserved"),
-				 errdetail("The transaction changed replicated tables.")));
+		ereport(ERROR, (errcode(ERRCODE_RESERVED_NAME),
+						errmsg("transaction identifiers that begin with \"mmrepl_\" are reserved"),
+						errdetail("The transaction changed replicated tables.")));
 }
 
 static void

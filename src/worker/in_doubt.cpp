@@ -64,7 +64,7 @@ CommittedDoubt(const catalog::StreamRow *row, const queue::Ref &ref)
 	doubt.since = shmem::TicketTime(ref.ticket);
 	doubt.state = "committed";
 	doubt.next_step = queue::IsInFlight(ref.ticket) ? "the session commits at the peer"
-					  : doubt.two_phase ? "the worker commits the prepared transaction"
+					  : doubt.two_phase				? "the worker commits the prepared transaction"
 										: "the worker replays it, unless the peer has it";
 	return doubt;
 }

@@ -207,9 +207,8 @@ PlanRecovery(Session *session, const Leftovers &left)
 
 	session->recovery_delay =
 		left.running ? kFirstDelay : Min(Max(session->recovery_delay * 2, kFirstDelay), longest);
-	session->recovery_at = left.allowed || left.count > 0
-							   ? GetCurrentTimestamp() + session->recovery_delay
-							   : DT_NOEND;
+	session->recovery_at =
+		left.allowed || left.count > 0 ? GetCurrentTimestamp() + session->recovery_delay : DT_NOEND;
 }
 
 /* The connection is new: look at once. */
