@@ -10,6 +10,9 @@
 #   make check-matrix     the tests on newer PostgreSQL majors, in chroots
 #   make check-fresh      check and demo in a fresh minimal system
 #   make demo             show replication between throw-away servers; demo-up and demo-down keep them running
+#   make bench            measure all workloads against other systems, see bench/README.md; bench-w1a and so on for one
+#   make bench-deps       install those systems, as far as the distribution has them
+#   make bench-report     the tables of BENCH_DIRS; BENCH_PUBLISH=1 makes them those of doc/benchmarks.md
 #   make format           lay the sources out with clang-format
 
 EXTENSION    = mmrepl_bgw
@@ -41,7 +44,7 @@ TAP_TESTS    = 1
 # `make installcheck` is ours as well: it tests what is installed, on a server of its own.
 NO_INSTALLCHECK = 1
 
-project_goals = check check-long installcheck demo demo-up demo-down
+project_goals = check check-long installcheck demo demo-up demo-down bench
 
 ifeq (,$(wildcard $(PGXS)))
 
@@ -133,6 +136,13 @@ demo demo-up: deps
 demo-down:
 	$(script_env) scripts/with-install --again scripts/demo down
 
+# BENCH_SYSTEMS names the systems to measure; the other knobs are in the environment, see bench/run.
+workloads    = $(patsubst bench/workloads/%.sh,bench-%,$(wildcard bench/workloads/*.sh))
+.PHONY: bench $(workloads)
+bench $(workloads): deps
+	+$(MAKE) $(jobs) all
+	+$(script_env) bench/run $(addprefix --systems=,$(BENCH_SYSTEMS)) $(addprefix --workloads=,$(patsubst bench-%,%,$(filter-out bench,$@)))
+
 .PHONY: deps
 deps:
 	@scripts/install-deps
@@ -143,6 +153,12 @@ check-frames:
 	COMPILE='$(CXX) $(CXXFLAGS) $(CPPFLAGS) -c' JOBS='$(or $(MMREPL_JOBS),2)' .ci/check_frames $(shlib) $(sources)
 
 endif # PGXS
+
+.PHONY: bench-deps bench-report
+bench-deps:
+	scripts/install-deps --bench
+bench-report:
+	bench/report $(if $(BENCH_PUBLISH),--publish) $(or $(BENCH_DIRS),$(lastword $(sort $(wildcard bench/results/2*))))
 
 .PHONY: check-includes check-spec check-style format check-matrix check-fresh
 check-includes:

@@ -1,0 +1,33 @@
+# shellcheck shell=bash
+#
+# wal: what a change adds to the source's WAL
+
+workload_title()
+{
+	echo 'WAL at the source: bytes a single-row UPDATE transaction, bytes a row in bulk'
+}
+
+# wal_of COMMAND...: the bytes that were written meanwhile.
+wal_of()
+{
+	local before
+	before=$(wal_position)
+	"$@" >/dev/null
+	echo "$(($(wal_position) - before))"
+}
+
+workload_run()
+{
+	local count=20000 script='\set id random(1, 1000)
+UPDATE kv SET n = n + 1, mod_time = clock_timestamp() WHERE id = :id;' session_options='-c synchronous_commit=off'
+	# The pages are in the WAL as a whole once after a checkpoint: before what is measured.
+	write_load 1 "$script" -t "$count" >/dev/null
+	metric update_bytes "$(calculate "$(wal_of write_load 1 "$script" -t "$count") / $count")"
+	query a 'TRUNCATE kv_bulk'
+	catch_up >/dev/null
+	metric bulk_insert_bytes "$(calculate "$(wal_of query a 'INSERT INTO kv_bulk SELECT * FROM kv') / $BENCH_ROWS")"
+	query a 'UPDATE kv SET n = n + 1 WHERE id <= 20000'
+	metric bulk_update_bytes "$(calculate "$(wal_of query a 'UPDATE kv SET n = n + 1 WHERE id <= 20000') / 20000")"
+	catch_up >/dev/null
+	compare kv kv_bulk
+}
