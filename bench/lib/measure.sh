@@ -91,17 +91,18 @@ digest()
 # compare TABLE...: at the source and at each target that has it.  If they differ, the run is void.
 compare()
 {
-	local table number database there equal=true
+	local table number database there here equal=true
 	if [[ $replicates = no ]]; then
 		return
 	fi
 	for table in "$@"; do
 		digest a "$table" > "$BENCH_WORK/digest" &
+		here=$!
 		for ((number = 1; number <= $(layout_targets); number++)); do
 			if [[ " $(layout_tables "$number") " = *" $table "* ]]; then
 				database=$(target_database "$number")
 				there=$(digest b "$table" "$database")
-				wait
+				wait "$here"
 				if [[ $there != "$(< "$BENCH_WORK/digest")" ]]; then
 					echo "VOID: $table differs: $(< "$BENCH_WORK/digest") at the source, $there in $database" >&2
 					equal=false
