@@ -136,12 +136,12 @@ demo demo-up: deps
 demo-down:
 	$(script_env) scripts/with-install --again scripts/demo down
 
-# BENCH_SYSTEMS names the systems to measure; the other knobs are in the environment, see bench/run.
+# BENCH_SYSTEMS and BENCH_WORKLOADS are lists with commas; the other knobs are in the environment, see bench/run.
 workloads    = $(patsubst bench/workloads/%.sh,bench-%,$(wildcard bench/workloads/*.sh))
 .PHONY: bench $(workloads)
 bench $(workloads): deps
 	+$(MAKE) $(jobs) all
-	+$(script_env) bench/run $(addprefix --systems=,$(BENCH_SYSTEMS)) $(addprefix --workloads=,$(patsubst bench-%,%,$(filter-out bench,$@)))
+	+$(script_env) bench/run $(addprefix --systems=,$(BENCH_SYSTEMS)) $(addprefix --workloads=,$(patsubst bench-%,%,$(@:bench=$(BENCH_WORKLOADS))))
 
 .PHONY: deps
 deps:

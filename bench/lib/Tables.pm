@@ -16,7 +16,7 @@ my @throughput = (
 	[ 'TPS ÷ none\'s',   'tps',       'none' ],
 	[ 'min–max',         'tps',       'none_range' ],
 	[ 'TPS ÷ native\'s', 'tps',       'native' ],
-	[ 'TPS',              'tps',       'median' ],
+	[ 'TPS',               'tps',       'median' ],
 	[ 'catch-up, s (max)', 'catchup_s', 'median_max' ]);
 my @catch_up = (
 	[ 'rows/s',            'rows_per_s', 'median' ],
@@ -87,17 +87,34 @@ foreach my $rows (1, 10, 100, 10000)
 	  [ '÷ native-sync-flush\'s', "ms_$rows", 'native-sync-flush' ];
 }
 
-# What is drawn: the metric, its form, and what the axis says.
+# What is drawn: what the axis says, the form, and the metrics with what is
+# written below their bars.
 my %plots = (
-	w2 => [ 'source_s', 'none', 'time at the source, divided by none\'s' ],
-	w3a => [ 'rows_per_s', 'median', 'transactions a second' ],
-	w3b => [ 'rows_per_s', 'median', 'rows a second' ],
-	w4 => [ 'p50_ms', 'median', 'median latency, ms' ],
-	idle => [ 'p50_ms', 'median', 'median latency, ms' ],
-	w5 => [ 'ms_1', 'median', 'ms a transaction of one row' ],
-	wal => [ 'update_bytes', 'median', 'bytes a single-row UPDATE transaction' ],
-	map { $_ => [ 'tps', 'none', 'transactions a second, divided by none\'s' ] }
-	  ('w1a', 'w1b', 'w1c', 'w6'));
+	w2 => [ 'time at the source ÷ none\'s', 'none', [ 'source_s', '' ] ],
+	w3a => [ 'transactions a second', 'median', [ 'tx_per_s', '' ] ],
+	w3b => [ 'rows a second', 'median', [ 'rows_per_s', '' ] ],
+	w5 => [
+		'time of a transaction ÷ none\'s', 'none',
+		map { [ "ms_$_", $_ == 1 ? '1 row' : "$_ rows" ] } (1, 10, 100, 10000)
+	],
+	wal => [
+		'bytes of WAL', 'median',
+		[ 'update_bytes',      'UPDATE of a row' ],
+		[ 'bulk_insert_bytes', 'a row of a bulk INSERT' ],
+		[ 'bulk_update_bytes', 'a row of a bulk UPDATE' ]
+	],
+	targets => [
+		'TPS ÷ none\'s', 'none',
+		[ 'tps_1', '1 target' ], map { [ "tps_$_", "$_ targets" ] } (2, 3)
+	],
+	apply => [
+		'rows a second', 'median',
+		map { [ $_, $_ =~ s/_(\d+)/, $1/r ] }
+		  ('insert_1', 'update_1', 'delete_1', 'insert_1000', 'update_1000', 'delete_1000')
+	],
+	(map { $_ => [ 'latency, ms', 'median', map { [ "${_}_ms", $_ ] } ('p50', 'p95', 'p99') ] }
+		  ('w4', 'idle')),
+	(map { $_ => [ 'TPS ÷ none\'s', 'none', [ 'tps', '' ] ] } ('w1a', 'w1b', 'w1c', 'w6')));
 
 # What is aimed at: workload, system, metric, form, bound.  A bound that is
 # negative is one from above.
@@ -238,22 +255,27 @@ sub goals
 	return $text;
 }
 
-# What a plot of the workload shows: the text of its axis, and for each system
-# name, median, least and greatest; nothing if there is no plot of it.
+# What a plot of the workload shows, or nothing if there is none of it: the text
+# of its axis, and for each group of bars its label and the bars: system, median,
+# least and greatest.
 sub plot
 {
 	my ($results, $workload) = @_;
-	my ($metric, $form, $axis) = @{ $plots{$workload} || return };
-	my @bars;
+	my ($axis, $form, @metrics) = @{ $plots{$workload} || return };
+	my @systems =
+	  grep { sorted_values($results, $workload, $_, $metrics[0][0], $form) }
+	  $results->systems($workload);
+	my @groups;
 
-	foreach my $system ($results->systems($workload))
+	foreach my $metric (@metrics)
 	{
-		my @values =
-		  sorted_values($results, $workload, $system, $metric, $form);
-		push @bars, [ $system, Results::median(@values), @values[ 0, -1 ] ]
-		  if @values;
+		my @bars = map {
+			my @values = sorted_values($results, $workload, $_, $metric->[0], $form);
+			[ $_, Results::median(@values) // 0, $values[0] // 0, $values[-1] // 0 ]
+		} @systems;
+		push @groups, [ $metric->[1], @bars ];
 	}
-	return @bars ? ($axis, @bars) : ();
+	return @systems ? ($axis, @groups) : ();
 }
 
 1;

@@ -25,7 +25,7 @@ describe_machine()
 		 "postgresql": $(json_string "$(postgres --version)"),
 		 "distribution": $(json_string "$(source /etc/os-release && echo "$PRETTY_NAME")"),
 		 "kernel": $(json_string "$(uname -sr)"),
-		 "cpu": $(json_string "$(sed -n 's/^model name[[:space:]]*: //p' /proc/cpuinfo | head -n 1)"),
+		 "cpu": $(json_string "$(sed -n 's/^model name[[:space:]]*: //p; T; q' /proc/cpuinfo)"),
 		 "cpus": $(nproc),
 		 "memory_mb": $(awk '/^MemTotal/ { print int($2 / 1024) }' /proc/meminfo),
 		 "load_before": $(cut -d ' ' -f 1 /proc/loadavg),

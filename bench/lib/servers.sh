@@ -78,7 +78,7 @@ stop_server()
 make_template()
 {
 	local directory=$BENCH_WORK/templates/$layout
-	mkdir -p "${directory%/*}"
+	rm -rf "$directory"
 	initdb -D "$directory" -U "$PGUSER" -A password --pwfile=<(echo "$PGPASSWORD") -E UTF8 --locale=C --no-sync \
 		> "$BENCH_WORK/logs/initdb" 2>&1 || { cat "$BENCH_WORK/logs/initdb" >&2; return 1; }
 	common_settings >> "$directory/postgresql.conf"
@@ -88,6 +88,7 @@ make_template()
 	query a 'VACUUM (ANALYZE)'
 	layout_copies
 	stop_server "$directory"
+	: > "$directory/made"
 }
 
 # Two copies of the template, and the system between them.
@@ -95,7 +96,9 @@ make_stage()
 {
 	local directory node
 	directory=$(stage_directory)
-	[[ -e $BENCH_WORK/templates/$layout ]] || make_template
+	[[ -e $BENCH_WORK/templates/$layout/made ]] || make_template
+	# An attempt that failed may have left something.
+	rm -rf "$directory"
 	mkdir -p "$directory"
 	for node in a b; do
 		cp -a --reflink=auto "$BENCH_WORK/templates/$layout" "$directory/$node"

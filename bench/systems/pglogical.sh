@@ -19,6 +19,10 @@ system_settings()
 	echo "shared_preload_libraries = 'pglogical'"
 	if [[ $1 = a ]]; then
 		echo 'wal_level = logical'
+		# Newer minor releases have a list of the plugins that may be used.
+		if [[ $(postgres --describe-config) = *$'\n'output_plugin_libraries* ]]; then
+			echo "output_plugin_libraries = 'pgoutput, test_decoding, pglogical_output'"
+		fi
 	else
 		# As for native.
 		echo 'wal_retrieve_retry_interval = 50ms'
