@@ -115,6 +115,32 @@ uint64 ResolvedBelow(const shmem::Stream &stream, int slot);
 bool IsInFlight(uint64 ticket);
 
 /*
+ * Where a stream's waiting transactions stand: ranges of blocks of the queue
+ * tables and their tickets.  At most some 16000 zones, whatever the queue's size.
+ */
+struct Zone
+{
+	uint32 table;
+	BlockNumber first;
+	BlockNumber last; /* inclusive */
+	bool late;		  /* prepared ones are among them */
+	uint64 min;
+	uint64 max;
+	uint64 low; /* tickets below have been read; PG_UINT64_MAX: all have */
+};
+
+struct Survey
+{
+	MemoryContext context; /* where zones are made; NULL: the current one */
+	Zone *zones;
+	int count;
+	int room;
+	BlockNumber zone_blocks;
+	uint64 after;  /* what it covers: visible then, above this ticket or prepared, ... */
+	uint64 before; /* ... and below this one */
+};
+
+/*
  * Up to `limit` of the stream's visible transactions with after < ticket <
  * before, lowest first, and all prepared ones (any ticket) below `before`'s
  * snapshot.  refs are palloc'd.  `complete` tells that there were no more.
@@ -127,7 +153,20 @@ struct Collected
 	bool late_beyond; /* a prepared one is visible at or above `before`: look again */
 };
 
-Collected Collect(int32 stream, uint64 after, uint64 before, int limit);
+/*
+ * Reads all of the tables, and fills the survey: with it CollectMore() returns what comes next, reading just where that stands; of the
+ * survey only `context` is looked at before.
+ * What becomes visible later is left to the next Collect(): it is prepared, or
+ * has a ticket of `before` or higher.
+ */
+Collected Collect(int32 stream, uint64 after, uint64 before, int limit, Survey *survey);
+Collected CollectMore(Survey *survey, int32 stream, uint64 after, int limit);
+
+/*
+ * What was read above this ticket is to be read again (so are prepared ones).
+ * False: that is more than the survey covers.
+ */
+bool RewindSurvey(Survey *survey, uint64 after);
 
 /* The head row with this very ticket; false when there is none. */
 bool FindHead(int32 stream, uint64 ticket, Ref *ref);

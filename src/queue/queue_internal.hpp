@@ -40,6 +40,17 @@ struct Row
 /* Read the columns of a queue row; the payload is not copied. */
 void DecodeRow(HeapTuple tuple, TupleDesc desc, Row *row);
 
+/* Whether the row is a head that waits: prepared ones wait until they are removed. */
+inline bool
+Waits(const Row &row, int32 stream, uint64 after)
+{
+	return row.stream == stream && (row.flags & kHead) &&
+		   (row.ticket > after || (row.flags & kPrepared));
+}
+
+/* The row as a reader of the queue keeps it. */
+Ref RefOf(uint32 table, const Row &row, const ItemPointerData &tid);
+
 /* Place as the payload of a chunked head. */
 void PutPlace(StringInfo buf, const Place &place);
 
@@ -62,16 +73,24 @@ RingEntry *EntryOf(const Outgoing *out);
 /* Copy the payload into the reserved ring entry, if there is one. */
 void FillEntry(const Outgoing *out);
 
-/* Scan a queue table (all of it, or some blocks) under the active snapshot. */
+/*
+ * Scan a queue table (all of it, or those of the blocks low to high that it still
+ * has) under the active snapshot.
+ */
 template <typename Fn>
 void
 ScanTable(Relation rel, BlockNumber low, BlockNumber high, Fn fn)
 {
-	TableScanDesc scan = table_beginscan_strat(rel, GetActiveSnapshot(), 0, NULL, true, false);
+	BlockNumber blocks = low == InvalidBlockNumber ? 0 : RelationGetNumberOfBlocks(rel);
 	HeapTuple tuple;
 
+	if (low != InvalidBlockNumber && low >= blocks)
+		return;
+
+	TableScanDesc scan = table_beginscan_strat(rel, GetActiveSnapshot(), 0, NULL, true, false);
+
 	if (low != InvalidBlockNumber)
-		heap_setscanlimits(scan, low, high - low + 1);
+		heap_setscanlimits(scan, low, Min(high, blocks - 1) - low + 1);
 	while ((tuple = heap_getnext(scan, ForwardScanDirection)) != NULL)
 	{
 		Row row;
@@ -81,6 +100,24 @@ ScanTable(Relation rel, BlockNumber low, BlockNumber high, Fn fn)
 		fn(row, tuple->t_self);
 	}
 	table_endscan(scan);
+}
+
+/* Fetch one row by its place and hand it, decoded, to fn; false when it is not there. */
+template <typename Fn>
+bool
+FetchRow(Relation rel, const ItemPointerData &tid, Fn fn)
+{
+	HeapTupleData tuple;
+	Buffer buffer;
+	Row row;
+
+	tuple.t_self = tid;
+	if (!heap_fetch(rel, GetActiveSnapshot(), &tuple, &buffer, false))
+		return false;
+	DecodeRow(&tuple, RelationGetDescr(rel), &row);
+	fn(row);
+	ReleaseBuffer(buffer);
+	return true;
 }
 
 template <typename Fn>

@@ -43,99 +43,7 @@ ReadPlace(const char *payload, uint32 length)
 	return place;
 }
 
-/* ---- collecting ---- */
-
-static int
-CompareRefs(const void *left, const void *right)
-{
-	uint64 a = ((const Ref *) left)->ticket;
-	uint64 b = ((const Ref *) right)->ticket;
-
-	return a < b ? -1 : a > b ? 1 : 0;
-}
-
-/* The lowest `limit` refs seen so far, kept in an array of twice that size. */
-struct Lowest
-{
-	Ref *refs;
-	int count;
-	int limit;
-	uint64 cutoff; /* higher tickets are not wanted any more */
-	bool dropped;
-
-	void Add(const Ref &ref)
-	{
-		if (ref.ticket > cutoff)
-		{
-			dropped = true;
-			return;
-		}
-		refs[count++] = ref;
-		if (count == 2 * limit)
-			Cut();
-	}
-	void Cut()
-	{
-		qsort(refs, count, sizeof(Ref), CompareRefs);
-		if (count <= limit)
-			return;
-		count = limit;
-		cutoff = refs[limit - 1].ticket;
-		dropped = true;
-	}
-};
-
-static Ref
-RefOf(uint32 table, const Row &row, const ItemPointerData &tid)
-{
-	Ref ref = {};
-
-	ref.ticket = row.ticket;
-	ref.xid = row.xid;
-	ref.tid = tid;
-	ref.flags = row.flags;
-	ref.table = table;
-	ref.changes = row.changes;
-	ref.bytes = row.payload_length;
-	if (row.flags & kChunked)
-		ref.bytes =
-			(uint32) Min(ReadPlace(row.payload, row.payload_length).bytes, (uint64) PG_UINT32_MAX);
-	return ref;
-}
-
-/* Whether the row is a head that waits: prepared ones wait until they are removed. */
-static bool
-Waits(const Row &row, int32 stream, uint64 after)
-{
-	return row.stream == stream && (row.flags & kHead) &&
-		   (row.ticket > after || (row.flags & kPrepared));
-}
-
-Collected
-Collect(int32 stream, uint64 after, uint64 before, int limit)
-{
-	Collected result = {};
-	Lowest lowest = {};
-
-	lowest.limit = limit;
-	lowest.cutoff = PG_UINT64_MAX;
-	lowest.refs = (Ref *) MemoryContextAllocHuge(CurrentMemoryContext, sizeof(Ref) * 2 * limit);
-	WithLatestSnapshot([&] {
-		ScanQueue([&](uint32 table, const Row &row, const ItemPointerData &tid) {
-			if (!Waits(row, stream, after))
-				return;
-			if (row.ticket < before)
-				lowest.Add(RefOf(table, row, tid));
-			else if (row.flags & kPrepared)
-				result.late_beyond = true;
-		});
-	});
-	lowest.Cut();
-	result.refs = lowest.refs;
-	result.count = lowest.count;
-	result.complete = !lowest.dropped;
-	return result;
-}
+/* ---- single heads, sums ---- */
 
 bool
 FindHead(int32 stream, uint64 ticket, Ref *ref)
@@ -229,24 +137,6 @@ FindChunks(Relation rel, const Place &place, int32 stream, uint64 xid, uint32 *c
 	qsort(chunks, found, sizeof(ChunkRef), CompareChunks);
 	*count = found;
 	return chunks;
-}
-
-/* Fetch one row by its place and hand it, decoded, to fn; false when it is not there. */
-template <typename Fn>
-static bool
-FetchRow(Relation rel, const ItemPointerData &tid, Fn fn)
-{
-	HeapTupleData tuple;
-	Buffer buffer;
-	Row row;
-
-	tuple.t_self = tid;
-	if (!heap_fetch(rel, GetActiveSnapshot(), &tuple, &buffer, false))
-		return false;
-	DecodeRow(&tuple, RelationGetDescr(rel), &row);
-	fn(row);
-	ReleaseBuffer(buffer);
-	return true;
 }
 
 void

@@ -91,34 +91,29 @@ PutStream(View *view)
 	int slot = SlotOf(view->stream->id);
 	uint64 after = view->stream->confirmed;
 	uint64 blocked = 0;
-	bool complete = false;
-	bool first_round = true;
+	Survey survey = {};
 
 	if (slot >= 0)
 	{
 		after = pg_atomic_read_u64(&shmem::Get().streams[slot].confirmed);
 		blocked = shmem::Get().streams[slot].blocked_ticket;
 	}
-	while (!complete)
-	{
-		uint64 shown = first_round ? 0 : after;
-		Collected waiting = Collect(view->stream->id, after, PG_UINT64_MAX, kRefsAtATime);
-		Ref *refs = waiting.refs;
+	Collected waiting = Collect(view->stream->id, after, PG_UINT64_MAX, kRefsAtATime, &survey);
 
-		first_round = false;
-		complete = waiting.complete;
+	for (;;)
+	{
 		for (int i = 0; i < waiting.count; i++)
 		{
-			if (refs[i].ticket <= shown) /* a prepared one, listed again */
-				continue;
-			view->ref = &refs[i];
-			view->state = refs[i].ticket == blocked	   ? "blocked"
-						  : (refs[i].flags & kInlined) ? "in doubt"
-													   : "queued";
-			ReadSegments(refs[i], view->stream->id, PutSegment, view);
-			after = Max(after, refs[i].ticket);
+			view->ref = &waiting.refs[i];
+			view->state = view->ref->ticket == blocked	  ? "blocked"
+						  : (view->ref->flags & kInlined) ? "in doubt"
+														  : "queued";
+			ReadSegments(*view->ref, view->stream->id, PutSegment, view);
 		}
-		pfree(refs);
+		pfree(waiting.refs);
+		if (waiting.complete)
+			break;
+		waiting = CollectMore(&survey, view->stream->id, after, kRefsAtATime);
 	}
 }
 

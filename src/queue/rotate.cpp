@@ -85,13 +85,21 @@ EnsureReady()
 
 /* ---- rotation ---- */
 
+/*
+ * Blocks of a queue table; InvalidBlockNumber when somebody has locked it, for
+ * upkeep must not hold up delivery.  The lock is kept.
+ */
 static BlockNumber
 BlocksOf(uint32 table)
 {
-	Relation rel = table_open(catalog::GetRelations().queue[table], AccessShareLock);
+	Oid oid = catalog::GetRelations().queue[table];
+
+	if (!ConditionalLockRelationOid(oid, AccessShareLock))
+		return InvalidBlockNumber;
+	Relation rel = table_open(oid, NoLock);
 	BlockNumber blocks = RelationGetNumberOfBlocks(rel);
 
-	table_close(rel, AccessShareLock);
+	table_close(rel, NoLock);
 	return blocks;
 }
 
@@ -101,8 +109,9 @@ SwitchTable(shmem::Database &database)
 	uint32 active = pg_atomic_read_u32(&database.active_table);
 	uint32 next = (active + 1) % shmem::kQueueTables;
 	uint64 limit = (uint64) guc::rotate_size * 1024 / BLCKSZ;
+	BlockNumber blocks = BlocksOf(active);
 
-	if (BlocksOf(active) < limit || BlocksOf(next) > 0)
+	if (blocks == InvalidBlockNumber || blocks < limit || BlocksOf(next) != 0)
 		return;
 	MMREPL_FAULT_POINT("rotate-begin");
 	pg_atomic_write_u32(&database.active_table, next);
@@ -121,46 +130,93 @@ ConfirmedOf(int32 stream)
 	return catalog::ReadStreamRow(stream, &row) ? row.confirmed : PG_UINT64_MAX;
 }
 
-/* Whether every head row in the table is at its peer; the table is locked. */
-static bool
-AllConfirmed(Relation rel)
+/* ConfirmedOf() of the stream that was looked at last. */
+struct Position
 {
-	bool all = true;
-	int32 known_stream = 0;
-	uint64 confirmed = 0;
+	int32 stream;
+	uint64 confirmed;
+};
 
-	WithLatestSnapshot([&] {
-		ScanTable(rel, InvalidBlockNumber, 0, [&](const Row &row, const ItemPointerData &) {
-			if (!all || !(row.flags & kHead))
-				return;
-			if (row.stream != known_stream)
-			{
-				known_stream = row.stream;
-				confirmed = ConfirmedOf(row.stream);
-			}
-			all =
-				row.ticket <= confirmed && (!(row.flags & kPrepared) || confirmed == PG_UINT64_MAX);
-		});
-	});
-	return all;
+/* Whether the row is a head that is not at its peer. */
+static bool
+Needed(const Row &row, Position *position)
+{
+	if (!(row.flags & kHead))
+		return false;
+	if (row.stream != position->stream)
+		*position = {row.stream, ConfirmedOf(row.stream)};
+	return row.ticket > position->confirmed ||
+		   ((row.flags & kPrepared) && position->confirmed != PG_UINT64_MAX);
 }
 
-/* Empty one table if nobody uses it and nothing in it is needed. */
+/*
+ * A head that was needed when this process last looked, one for each table: as
+ * long as it is, there is no need to look at the others.
+ */
+static ItemPointerData witnesses[shmem::kQueueTables];
+
+static bool
+WitnessHolds(Relation rel, const ItemPointerData &witness)
+{
+	bool needed = false;
+	Position position = {};
+
+	if (!ItemPointerIsValid(&witness) ||
+		ItemPointerGetBlockNumber(&witness) >= RelationGetNumberOfBlocks(rel))
+		return false;
+	WithLatestSnapshot([&] {
+		(void) FetchRow(rel, witness, [&](const Row &row) { needed = Needed(row, &position); });
+	});
+	return needed;
+}
+
+/*
+ * Look for a head that is needed, the newest first: in a table that is being
+ * drained the look is short, and the one found is needed for longest.
+ */
+static bool
+FindWitness(Relation rel, ItemPointer witness)
+{
+	bool found = false;
+	Position position = {};
+
+	ItemPointerSetInvalid(witness);
+	WithLatestSnapshot([&] {
+		TableScanDesc scan = table_beginscan_strat(rel, GetActiveSnapshot(), 0, NULL, true, false);
+		HeapTuple tuple;
+
+		while (!found && (tuple = heap_getnext(scan, BackwardScanDirection)) != NULL)
+		{
+			Row row;
+
+			CHECK_FOR_INTERRUPTS();
+			DecodeRow(tuple, RelationGetDescr(rel), &row);
+			found = Needed(row, &position);
+			if (found)
+				*witness = tuple->t_self;
+		}
+		table_endscan(scan);
+	});
+	return found;
+}
+
+/* Empty one table if nobody uses it and nothing in it is needed; we share-lock it. */
 static void
 EmptyTable(uint32 table)
 {
 	Oid oid = catalog::GetRelations().queue[table];
-
-	if (!ConditionalLockRelationOid(oid, AccessExclusiveLock))
-		return;
 	Relation rel = table_open(oid, NoLock);
 
-	MMREPL_FAULT_POINT("rotate-locked");
-	if (AllConfirmed(rel))
+	if (!WitnessHolds(rel, witnesses[table]) &&
+		ConditionalLockRelationOid(oid, AccessExclusiveLock))
 	{
-		MMREPL_FAULT_POINT("rotate-emptying");
-		table_relation_nontransactional_truncate(rel);
-		MMREPL_FAULT_POINT("rotate-emptied");
+		MMREPL_FAULT_POINT("rotate-locked");
+		if (!FindWitness(rel, &witnesses[table]))
+		{
+			MMREPL_FAULT_POINT("rotate-emptying");
+			table_relation_nontransactional_truncate(rel);
+			MMREPL_FAULT_POINT("rotate-emptied");
+		}
 	}
 	table_close(rel, NoLock);
 }
@@ -184,8 +240,14 @@ Rotate()
 		return;
 	SwitchTable(database);
 	for (uint32 table = 0; table < shmem::kQueueTables; table++)
-		if (table != pg_atomic_read_u32(&database.active_table) && BlocksOf(table) > 0)
+	{
+		if (table == pg_atomic_read_u32(&database.active_table))
+			continue;
+		BlockNumber blocks = BlocksOf(table);
+
+		if (blocks != InvalidBlockNumber && blocks > 0)
 			EmptyTable(table);
+	}
 }
 
 } // namespace mmrepl::queue

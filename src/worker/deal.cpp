@@ -18,7 +18,8 @@ static uint64
 OldestOf(const catalog::StreamRow *row, int slot)
 {
 	uint64 after = pg_atomic_read_u64(&shmem::Get().streams[slot].confirmed);
-	queue::Collected waiting = queue::Collect(row->id, after, PG_UINT64_MAX, 1);
+	queue::Survey survey = {};
+	queue::Collected waiting = queue::Collect(row->id, after, PG_UINT64_MAX, 1, &survey);
 
 	return waiting.count == 0 ? 0 : waiting.refs[0].ticket;
 }

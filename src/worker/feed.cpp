@@ -16,101 +16,6 @@ namespace mmrepl::worker
 
 constexpr int kRefsAtATime = 200000;
 
-void
-StartFeed(Feed *feed, int32 stream, int slot, bool tables_only)
-{
-	*feed = {};
-	feed->stream = stream;
-	feed->slot = slot;
-	feed->shared = &shmem::Get().streams[slot];
-	feed->database = &shmem::DatabaseOf(MyDatabaseId);
-	feed->tables_only = tables_only;
-	InTransaction([&] { feed->node = catalog::NodeId(); });
-	feed->context =
-		AllocSetContextCreate(CurrentMemoryContext, "mmrepl feed", ALLOCSET_DEFAULT_SIZES);
-}
-
-void
-FreeFeed(Feed *feed)
-{
-	MemoryContextDelete(feed->context);
-	feed->context = NULL;
-}
-
-static void
-DropRefs(Feed *feed)
-{
-	MemoryContextReset(feed->context);
-	feed->refs = NULL;
-	feed->n_refs = feed->next_ref = 0;
-}
-
-/* The peer stands behind what it had confirmed. */
-static void
-RequirePeerNotRewound(const Feed *feed, uint64 watermark)
-{
-	catalog::StreamRow row = {};
-
-	InTransaction([&] { (void) catalog::ReadStreamRow(feed->stream, &row); });
-	uint64 acked = Max(row.acked, pg_atomic_read_u64(&feed->shared->acked));
-
-	if (watermark < acked)
-		ereport(ERROR,
-				(errcode(ERRCODE_MMREPL_REWOUND),
-				 errmsg("the peer has lost changes that it had confirmed"),
-				 errdetail("It stands at ticket %llu and has been at %llu: it was restored from "
-						   "an older state, or replaced.",
-						   (unsigned long long) watermark, (unsigned long long) acked),
-				 errhint("Bring its tables up to date, then run SELECT mmrepl.accept_peer('%s').",
-						 NameStr(row.server_name))));
-}
-
-/*
- * The peer has seen a ticket that we have not drawn yet: this database was
- * restored from an older state.  New tickets are made greater; but what was
- * queued since the restart under lower ones would count as delivered.
- */
-static void
-RequireSourceNotRewound(Feed *feed, uint64 watermark)
-{
-	uint64 transactions, changes, bytes, oldest;
-
-	if (watermark <= queue::LastDrawn())
-		return;
-	uint64 after = Max(pg_atomic_read_u64(&feed->shared->confirmed), shmem::Get().first_ticket);
-
-	queue::RaiseClock(watermark);
-	InTransaction([&] {
-		queue::CountBacklog(feed->stream, after, watermark, &transactions, &changes, &bytes,
-							&oldest);
-	});
-	if (transactions > 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_MMREPL_REWOUND),
-				 errmsg("the peer has seen later tickets than this database has drawn"),
-				 errdetail("This database was restored from an older state; %llu transactions "
-						   "queued since then bear tickets that the peer would take for old.",
-						   (unsigned long long) transactions),
-				 errhint("Copy the tables anew, and drop the queued transactions with "
-						 "mmrepl.skip().")));
-}
-
-void
-ResetFeed(Feed *feed, uint64 watermark)
-{
-	RequirePeerNotRewound(feed, watermark);
-	RequireSourceNotRewound(feed, watermark);
-	queue::Acknowledged(*feed->shared, watermark);
-	DropRefs(feed);
-	feed->position = Max(pg_atomic_read_u64(&feed->shared->confirmed), watermark);
-	feed->watermark = watermark;
-	feed->from_tables = true;
-	feed->late_unremoved = 0;
-	feed->late_reached = pg_atomic_read_u32(&feed->shared->late_confirmed);
-	feed->late_open = false;
-	MMREPL_FAULT_POINT("feed-reset");
-}
-
 /* ---- shipments ---- */
 
 void
@@ -366,24 +271,40 @@ TrimRing(Feed *feed)
 		queue::ConsumeRing(*feed->shared, entry);
 }
 
+/* All of the tables: what comes first, and where the rest stands. */
+static queue::Collected
+SurveyTables(Feed *feed)
+{
+	feed->late_seen = queue::ReadLate(*feed->database).Ended();
+	feed->refs_below = queue::ResolvedBelow(*feed->shared, feed->slot);
+	MMREPL_FAULT_POINT("feed-lowest-read");
+	feed->survey.context = feed->survey_context;
+	queue::Collected waiting =
+		queue::Collect(feed->stream, feed->position, feed->refs_below, kRefsAtATime, &feed->survey);
+
+	feed->surveyed = true;
+	feed->late_open = waiting.late_beyond;
+	return waiting;
+}
+
 static void
 ReadTables(Feed *feed)
 {
 	feed->from_tables = true; /* until all that is found now has been sent */
-	feed->late_seen = queue::ReadLate(*feed->database).Ended();
-	feed->refs_below = queue::ResolvedBelow(*feed->shared, feed->slot);
-	MMREPL_FAULT_POINT("feed-lowest-read");
 	InTransaction([&] {
 		InContext(feed->context, [&] {
 			queue::Collected waiting =
-				queue::Collect(feed->stream, feed->position, feed->refs_below, kRefsAtATime);
+				feed->surveyed
+					? queue::CollectMore(&feed->survey, feed->stream, feed->position, kRefsAtATime)
+					: SurveyTables(feed);
 
 			feed->refs = waiting.refs;
 			feed->n_refs = waiting.count;
 			feed->refs_complete = waiting.complete;
-			feed->late_open = waiting.late_beyond;
 		});
 	});
+	if (feed->refs_complete)
+		DropSurvey(feed);
 	feed->next_ref = 0;
 }
 
@@ -472,14 +393,13 @@ FillFromTables(Feed *feed, Shipment *shipment, const Budget &budget)
 
 /* What was put into the shipment from the ring is taken back; the tables have it. */
 static void
-Rewind(Feed *feed, Shipment *shipment, uint64 position)
+Rewind(Feed *feed, Shipment *shipment)
 {
 	MemoryContext parent = MemoryContextGetParent(shipment->context);
 
 	feed->late_unremoved -= list_length(shipment->late);
 	EndShipment(shipment);
 	StartShipment(shipment, parent);
-	feed->position = position;
 	feed->from_tables = true;
 }
 
@@ -509,8 +429,8 @@ Fill(Feed *feed, Shipment *shipment, const Budget &budget)
 	});
 	if (PausedNow(feed) || (!tables && LateWork(feed)))
 	{
-		DropRefs(feed);
-		Rewind(feed, shipment, start);
+		ReadAgain(feed, start);
+		Rewind(feed, shipment);
 		feed->late_reached = late_start;
 		return false;
 	}

@@ -15,6 +15,13 @@ void BeginBatch(Feed *feed, Shipment *shipment, uint8 flags);
 /* Finish an ordinary batch; its watermark is the feed's position. */
 void CloseBatch(Feed *feed, Shipment *shipment);
 
+/* Forget what was read of the tables / where the rest stands. */
+void DropRefs(Feed *feed);
+void DropSurvey(Feed *feed);
+
+/* Go back to the ticket: what was read above it and is in no batch is read again. */
+void ReadAgain(Feed *feed, uint64 position);
+
 /* Whether a prepared transaction's rows may have appeared since the tables were read. */
 bool LateWork(const Feed *feed);
 

@@ -77,20 +77,21 @@ PutCommitted(ReturnSetInfo *result, const pg_uuid_t &node, const catalog::Stream
 	uint64 from = pg_atomic_read_u64(&stream.doubt_from);
 	uint64 after = Max(pg_atomic_read_u64(&stream.confirmed), from == 0 ? 0 : from - 1);
 	uint64 to = pg_atomic_read_u64(&stream.doubt_to);
-	bool complete = after >= to;
+	queue::Survey survey = {};
 
-	while (!complete)
+	if (after >= to)
+		return;
+	queue::Collected waiting = queue::Collect(row->id, after, to + 1, kRefsAtATime, &survey);
+
+	for (;;)
 	{
-		queue::Collected waiting = queue::Collect(row->id, after, to + 1, kRefsAtATime);
-
-		complete = waiting.complete;
 		for (int i = 0; i < waiting.count; i++)
-		{
 			if (waiting.refs[i].ticket > after && (waiting.refs[i].flags & queue::kInlined))
 				PutDoubt(result, node, CommittedDoubt(row, waiting.refs[i]));
-			after = Max(after, waiting.refs[i].ticket);
-		}
 		pfree(waiting.refs);
+		if (waiting.complete)
+			break;
+		waiting = queue::CollectMore(&survey, row->id, after, kRefsAtATime);
 	}
 }
 

@@ -44,6 +44,10 @@ struct Feed
 	bool refs_complete;
 	uint64 refs_below;
 
+	MemoryContext survey_context;
+	queue::Survey survey; /* where the rest stands, while surveyed */
+	bool surveyed;
+
 	uint64 inline_passed; /* inline transactions passed since markers were swept */
 	uint64 sweep_xid;	  /* candidate for sweeping markers below, 0: none */
 	uint64 sweep_after;	  /* ... once everything up to this ticket is confirmed */

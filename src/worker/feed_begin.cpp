@@ -1,0 +1,124 @@
+/*
+ * feed_begin.cpp
+ *		A feed's begin, and what it forgets when it begins again.
+ */
+#include "feed_internal.hpp"
+#include "mmrepl/fault.hpp"
+
+namespace mmrepl::worker
+{
+
+void
+StartFeed(Feed *feed, int32 stream, int slot, bool tables_only)
+{
+	*feed = {};
+	feed->stream = stream;
+	feed->slot = slot;
+	feed->shared = &shmem::Get().streams[slot];
+	feed->database = &shmem::DatabaseOf(MyDatabaseId);
+	feed->tables_only = tables_only;
+	InTransaction([&] { feed->node = catalog::NodeId(); });
+	feed->context =
+		AllocSetContextCreate(CurrentMemoryContext, "mmrepl feed", ALLOCSET_DEFAULT_SIZES);
+	feed->survey_context =
+		AllocSetContextCreate(CurrentMemoryContext, "mmrepl survey", ALLOCSET_DEFAULT_SIZES);
+}
+
+void
+FreeFeed(Feed *feed)
+{
+	MemoryContextDelete(feed->context);
+	MemoryContextDelete(feed->survey_context);
+	feed->context = feed->survey_context = NULL;
+}
+
+void
+DropRefs(Feed *feed)
+{
+	MemoryContextReset(feed->context);
+	feed->refs = NULL;
+	feed->n_refs = feed->next_ref = 0;
+}
+
+void
+DropSurvey(Feed *feed)
+{
+	MemoryContextReset(feed->survey_context);
+	feed->surveyed = false;
+}
+
+void
+ReadAgain(Feed *feed, uint64 position)
+{
+	DropRefs(feed);
+	feed->position = position;
+	if (feed->surveyed && !queue::RewindSurvey(&feed->survey, position))
+		DropSurvey(feed);
+}
+
+/* The peer stands behind what it had confirmed. */
+static void
+RequirePeerNotRewound(const Feed *feed, uint64 watermark)
+{
+	catalog::StreamRow row = {};
+
+	InTransaction([&] { (void) catalog::ReadStreamRow(feed->stream, &row); });
+	uint64 acked = Max(row.acked, pg_atomic_read_u64(&feed->shared->acked));
+
+	if (watermark < acked)
+		ereport(ERROR,
+				(errcode(ERRCODE_MMREPL_REWOUND),
+				 errmsg("the peer has lost changes that it had confirmed"),
+				 errdetail("It stands at ticket %llu and has been at %llu: it was restored from "
+						   "an older state, or replaced.",
+						   (unsigned long long) watermark, (unsigned long long) acked),
+				 errhint("Bring its tables up to date, then run SELECT mmrepl.accept_peer('%s').",
+						 NameStr(row.server_name))));
+}
+
+/*
+ * The peer has seen a ticket that we have not drawn yet: this database was
+ * restored from an older state.  New tickets are made greater; but what was
+ * queued since the restart under lower ones would count as delivered.
+ */
+static void
+RequireSourceNotRewound(Feed *feed, uint64 watermark)
+{
+	uint64 transactions, changes, bytes, oldest;
+
+	if (watermark <= queue::LastDrawn())
+		return;
+	uint64 after = Max(pg_atomic_read_u64(&feed->shared->confirmed), shmem::Get().first_ticket);
+
+	queue::RaiseClock(watermark);
+	InTransaction([&] {
+		queue::CountBacklog(feed->stream, after, watermark, &transactions, &changes, &bytes,
+							&oldest);
+	});
+	if (transactions > 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_MMREPL_REWOUND),
+				 errmsg("the peer has seen later tickets than this database has drawn"),
+				 errdetail("This database was restored from an older state; %llu transactions "
+						   "queued since then bear tickets that the peer would take for old.",
+						   (unsigned long long) transactions),
+				 errhint("Copy the tables anew, and drop the queued transactions with "
+						 "mmrepl.skip().")));
+}
+
+void
+ResetFeed(Feed *feed, uint64 watermark)
+{
+	RequirePeerNotRewound(feed, watermark);
+	RequireSourceNotRewound(feed, watermark);
+	queue::Acknowledged(*feed->shared, watermark);
+	ReadAgain(feed, Max(pg_atomic_read_u64(&feed->shared->confirmed), watermark));
+	feed->watermark = watermark;
+	feed->from_tables = true;
+	feed->late_unremoved = 0;
+	feed->late_reached = pg_atomic_read_u32(&feed->shared->late_confirmed);
+	feed->late_open = false;
+	MMREPL_FAULT_POINT("feed-reset");
+}
+
+} // namespace mmrepl::worker
