@@ -104,6 +104,9 @@ CREATE TABLE mmrepl.stream
 	confirmed bigint NOT NULL DEFAULT 0,
 	server_name name NOT NULL,
 	acked bigint NOT NULL DEFAULT 0,
+	discarded bigint NOT NULL DEFAULT 0,
+	resync_since timestamptz,
+	resync_reason text,
 	CONSTRAINT stream_pkey PRIMARY KEY (stream_id),
 	CONSTRAINT stream_by_key UNIQUE (server, owner)
 ) WITH (fillfactor = 10, vacuum_truncate = off,
@@ -119,6 +122,9 @@ COMMENT ON COLUMN mmrepl.stream.owner IS 'OID of the role that owns the pairs';
 COMMENT ON COLUMN mmrepl.stream.paused IS 'whether pause() was called';
 COMMENT ON COLUMN mmrepl.stream.confirmed IS 'all work up to this ticket is at the peer, as last written; the peer may be further';
 COMMENT ON COLUMN mmrepl.stream.acked IS 'watermark that the peer has reported at least: a peer that reports less was restored from an older state';
+COMMENT ON COLUMN mmrepl.stream.discarded IS 'what was queued up to this ticket is not delivered any more: resync() copied the tables anew';
+COMMENT ON COLUMN mmrepl.stream.resync_since IS 'since when nothing is queued, because too much was waiting; see resync(); NULL: all is well';
+COMMENT ON COLUMN mmrepl.stream.resync_reason IS 'what happened then';
 COMMENT ON COLUMN mmrepl.stream.server_name IS 'the server''s name as last seen: outlives a dropped server and pg_upgrade';
 
 /*
@@ -385,6 +391,11 @@ CREATE FUNCTION mmrepl.accept_peer(server name) RETURNS void
 	LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'mmrepl_accept_peer';
 COMMENT ON FUNCTION mmrepl.accept_peer(name) IS 'go on with a peer that was restored from an older state, or replaced, from where it stands: its tables have been brought up to date';
 
+CREATE FUNCTION mmrepl.resync(server name, truncate boolean DEFAULT false, force boolean DEFAULT false) RETURNS bigint
+	LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'mmrepl_resync';
+COMMENT ON FUNCTION mmrepl.resync(name, boolean, boolean) IS
+	'queue again for a server that needs a resync, beginning with a copy of every table; returns the number of rows';
+
 CREATE FUNCTION mmrepl.retry_now(server name) RETURNS void
 	LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'mmrepl_retry_now';
 COMMENT ON FUNCTION mmrepl.retry_now(name) IS 'try again at once what waits for its next attempt or is blocked';
@@ -481,7 +492,8 @@ CREATE FUNCTION mmrepl.stat_streams(
 	OUT stats_reset timestamptz,
 	OUT peer_node uuid,
 	OUT last_apply_at timestamptz,
-	OUT blocked_ticket bigint)
+	OUT blocked_ticket bigint,
+	OUT queue_warned_at timestamptz)
 	RETURNS SETOF record
 	LANGUAGE c ROWS 10 AS 'MODULE_PATHNAME', 'mmrepl_stat_streams';
 COMMENT ON FUNCTION mmrepl.stat_streams() IS
@@ -495,16 +507,17 @@ COMMENT ON FUNCTION mmrepl.may_see_statistics(oid) IS
 CREATE VIEW mmrepl.pg_stat_mmrepl WITH (security_barrier) AS
 WITH known AS (
 	SELECT t.stream_id, f.oid AS server, coalesce(f.srvname, t.server_name) AS server_name, t.owner,
-		   t.paused, nullif(t.confirmed, 0) AS confirmed,
+		   t.paused, nullif(t.confirmed, 0) AS confirmed, t.resync_since, t.resync_reason,
 		   EXISTS (SELECT FROM mmrepl.pair p WHERE p.server = f.srvname AND p.owner = t.owner) AS has_pairs
 	  FROM mmrepl.stream t LEFT JOIN pg_catalog.pg_foreign_server f ON f.oid = t.server
 	UNION ALL
-	SELECT DISTINCT NULL::integer, f.oid, p.server, p.owner::oid, false, NULL::bigint, true
+	SELECT DISTINCT NULL::integer, f.oid, p.server, p.owner::oid, false, NULL::bigint, NULL::timestamptz, NULL::text, true
 	  FROM mmrepl.pair p LEFT JOIN pg_catalog.pg_foreign_server f ON f.srvname = p.server
 	 WHERE NOT EXISTS (SELECT FROM mmrepl.stream t WHERE t.server = f.oid AND t.owner = p.owner)
 )
 SELECT k.server_name AS server,
-	   coalesce(s.state, CASE WHEN k.paused THEN 'paused' ELSE 'starting' END) AS state,
+	   CASE WHEN k.resync_since IS NOT NULL THEN 'needs resync'
+			ELSE coalesce(s.state, CASE WHEN k.paused THEN 'paused' ELSE 'starting' END) END AS state,
 	   s.pid,
 	   s.queue_transactions,
 	   s.queue_changes,
@@ -531,7 +544,10 @@ SELECT k.server_name AS server,
 	   k.stream_id AS stream,
 	   s.peer_node,
 	   s.last_apply_at,
-	   s.blocked_ticket
+	   s.blocked_ticket,
+	   s.queue_warned_at,
+	   k.resync_since,
+	   k.resync_reason
   FROM known k LEFT JOIN mmrepl.stat_streams() s ON s.stream = k.stream_id
  WHERE (k.has_pairs OR s.stream IS NOT NULL)
    AND mmrepl.may_see_statistics(k.owner);
@@ -540,7 +556,7 @@ COMMENT ON VIEW mmrepl.pg_stat_mmrepl IS
 	'statistics, one row per server (and owner) with pairs; NULL where nothing is known';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.server IS 'the foreign server';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.state IS
-	'starting, streaming, catching up, retrying, paused, or blocked (by a transaction that the target refuses)';
+	'starting, streaming, catching up, retrying, paused, blocked (by a transaction that the target refuses), or needs resync (too much was waiting)';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.pid IS 'process id of the worker; NULL: none runs';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.queue_transactions IS 'committed transactions that are not confirmed by the target';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.queue_changes IS 'changes in these transactions';
@@ -569,6 +585,9 @@ COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.stream IS 'id of the stream (mmrepl.prog
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.peer_node IS 'node id that the target gave at the last connect';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.last_apply_at IS 'when the target last confirmed a batch';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.blocked_ticket IS 'the transaction that the target refuses (see skip()); NULL: none';
+COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.queue_warned_at IS 'when so much was waiting that the log warned (mmrepl.max_queue_size); NULL: less waits now';
+COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.resync_since IS 'since when nothing is queued for the server, because too much was waiting; NULL: all is well';
+COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.resync_reason IS 'what happened then, and what to do';
 
 CREATE FUNCTION mmrepl.stat_pairs(
 	OUT pair_id integer,

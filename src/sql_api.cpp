@@ -18,6 +18,7 @@ MMREPL_FUNCTION(mmrepl_replicate, capture::SqlReplicate);
 MMREPL_FUNCTION(mmrepl_create_pair, registration::SqlCreatePair);
 MMREPL_FUNCTION(mmrepl_alter_pair, registration::SqlAlterPair);
 MMREPL_FUNCTION(mmrepl_drop_pair, registration::SqlDropPair);
+MMREPL_FUNCTION(mmrepl_resync, registration::SqlResync);
 MMREPL_FUNCTION(mmrepl_fdw_validator, registration::SqlFdwValidator);
 MMREPL_FUNCTION(mmrepl_on_ddl_end, registration::SqlOnDdlEnd);
 MMREPL_FUNCTION(mmrepl_on_drop, registration::SqlOnDrop);

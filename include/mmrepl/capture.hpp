@@ -33,8 +33,12 @@ char *RenameInFilter(Relation rel, const char *filter, const char *old_name, con
 
 /*
  * Capture every row of the table as an INSERT for this pair, in the current
- * transaction.  The caller holds a lock that keeps writers out.
+ * transaction; returns their number.  The caller holds a lock that keeps writers
+ * out.  Pair 0: for the triggers made by hand that name the server, if any.
  */
-void CopyTable(Oid table, int32 pair_id);
+int64 CopyTable(Oid table, int32 pair_id, const char *server);
+
+/* Capture a TRUNCATE of the table for this pair; under the same conditions. */
+void CaptureTruncate(Oid table, int32 pair_id, const char *server);
 
 } // namespace mmrepl::capture

@@ -49,6 +49,11 @@ struct StreamRow
 	uint64 confirmed;	  /* as last written; the peer knows better */
 	uint64 acked;		  /* watermark that the peer has reported at least */
 	NameData server_name; /* as last seen; outlives the server */
+	uint64 discarded;	  /* what was queued up to here is not delivered any more */
+	bool needs_resync;	  /* nothing is queued, nor delivered */
+
+	/* The same as one number: nothing up to this ticket is to be delivered. */
+	uint64 DiscardedUpTo() const { return needs_resync ? PG_UINT64_MAX : discarded; }
 };
 
 /* OIDs of the extension's relations; cached, invalidated with the relcache. */
@@ -115,6 +120,20 @@ bool SavePosition(int32 id, uint64 confirmed, uint64 acked);
 /* Pause or resume durably / forget what the peer has reported; false when the row is gone. */
 bool SetPaused(int32 id, bool paused);
 bool ForgetAcked(int32 id);
+
+/*
+ * The lock of a stream's row, until the transaction ends: nobody else changes the
+ * row meanwhile.  False, without `wait`, when somebody has it.
+ */
+bool LockStreamRow(int32 id, bool wait);
+
+/*
+ * Note that the stream needs a resync, and why / that what is queued up to the
+ * ticket is replaced by a copy of the tables, which also does for what the peer
+ * may have lost.  The row's lock is held; false when the row is gone.
+ */
+bool SetNeedsResync(int32 id, const char *reason);
+bool SetResynced(int32 id, uint64 discarded);
 
 /* Remove the stream's row (nothing of it is queued any more); false when it was gone. */
 bool DeleteStreamRow(int32 id);

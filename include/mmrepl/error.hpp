@@ -26,6 +26,7 @@
 #define ERRCODE_MMREPL_CONFLICT MAKE_SQLSTATE('M', 'M', '0', '1', '2')
 #define ERRCODE_MMREPL_WRONG_NODE MAKE_SQLSTATE('M', 'M', '0', '1', '3')
 #define ERRCODE_MMREPL_REWOUND MAKE_SQLSTATE('M', 'M', '0', '1', '4')
+#define ERRCODE_MMREPL_NEEDS_RESYNC MAKE_SQLSTATE('M', 'M', '0', '1', '5')
 
 namespace mmrepl
 {

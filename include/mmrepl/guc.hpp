@@ -25,6 +25,13 @@ enum class TwoPhase : int
 	On	  /* the same, and an error where the peer does not */
 };
 
+/* mmrepl.max_queue_action: what happens when a queue exceeds mmrepl.max_queue_size. */
+enum class QueueAction : int
+{
+	Resync, /* nothing more is queued until mmrepl.resync() */
+	Warn
+};
+
 /* mmrepl.sync_flush: when inline changes travel. */
 enum class Flush : int
 {
@@ -43,9 +50,10 @@ extern int connect_timeout;	   /* ms */
 extern int sync_timeout;	   /* ms: bound of every wait for a peer in a user's transaction */
 extern int sync_lock_timeout;  /* ms: lock wait at the peer; 0: twice deadlock_timeout */
 extern int buffer_memory;	   /* kB a transaction may hold before it spills to the queue */
-extern int max_queue_size;	   /* kB waiting for one server at which the log warns; 0: never */
+extern int max_queue_size;	   /* kB that may wait for one server; 0: any number */
 extern int recovery_interval;  /* ms: between looks for prepared transactions of ours at a peer */
 extern int rotate_size;		   /* kB of a queue table at which the next one is taken */
+extern QueueAction max_queue_action;
 extern TwoPhase two_phase;
 extern Flush sync_flush;
 extern Mode mode;

@@ -16,6 +16,7 @@
  */
 #pragma once
 
+#include "mmrepl/catalog.hpp"
 #include "mmrepl/change.hpp"
 #include "mmrepl/pg.hpp"
 #include "mmrepl/shmem.hpp"
@@ -28,6 +29,8 @@ constexpr uint16 kChunked = 2;	 /* the segments stand in chunk rows */
 constexpr uint16 kPrepared = 4;	 /* of a prepared transaction: may become visible late */
 constexpr uint16 kInlined = 8;	 /* was executed at the peer inline: replay under its marker */
 constexpr uint16 kTwoPhase = 16; /* ... and prepared there before the local commit */
+constexpr uint16 kTombstone =
+	32; /* no changes: behind it nothing is delivered, a resync is needed */
 
 constexpr uint32 kRowPayload = 8000; /* bytes of payload in one row, at most */
 
@@ -52,6 +55,7 @@ struct Outgoing
 	StringInfoData payload; /* of the head row, made by PrepareHead */
 	uint64 entry;			/* ring position of the entry + 1; 0: not in the ring */
 	uint32 counted_bytes;
+	bool copy; /* resync()'s copy of the tables */
 };
 
 /* ---- writing ---- */
@@ -218,9 +222,12 @@ void WalkPayload(const char *payload, uint32 length, SegmentSink sink, void *arg
 /* Remove a delivered late transaction's, or a skipped one's, head row. */
 bool RemoveHead(const Ref &ref);
 
-/* Sum of what waits: transactions, changes, bytes with after < ticket <= upto. */
+/*
+ * Sum of what waits: transactions, changes, bytes with after < ticket <= upto;
+ * and the lowest ticket with its bytes.
+ */
 void CountBacklog(int32 stream, uint64 after, uint64 upto, uint64 *transactions, uint64 *changes,
-				  uint64 *bytes, uint64 *oldest);
+				  uint64 *bytes, uint64 *oldest, uint64 *oldest_bytes);
 
 /* ---- ring, consumer's side (the holder of the ordering lock) ---- */
 
@@ -304,10 +311,48 @@ uint64 LastTicket(const shmem::Stream &stream);
 bool TakeOrderingLock(int32 stream, bool for_session, bool wait, LOCKTAG *tag);
 void ReleaseOrderingLock(const LOCKTAG &tag);
 
+/* ---- what may wait at the most; streams that need a resync ---- */
+
+/* The stream's slot of shared memory, taken now if no scout has done so; -1: all are taken. */
+int TakeSlot(const catalog::StreamRow &row);
+
+/* Nothing up to this ticket is to be delivered; shmem::kNeedsResync: nothing at all. */
+uint64 DiscardedUpTo(int32 stream);
+
+/*
+ * Whether nothing is queued for the stream.  A true answer is certain, and for
+ * whoever holds a lock on a replicated table it stays true until he lets go.
+ */
+bool NeedsResync(int32 stream);
+
+/* A change of the same was committed; no error possible. */
+void SetDiscarded(shmem::Stream &stream, uint64 discarded);
+
+/* Add what the tables held before the slot was taken to its counters, once. */
+void CountOldBacklog(shmem::Stream &stream);
+
+/* The transaction is the copy that resync() made: the limit is not for it. */
+void NoteCopy(shmem::Stream &stream, uint64 ticket, uint64 bytes);
+
+/* Whether with so many bytes more the stream's queue should be given up; may warn in the log. */
+bool ExceedsLimit(int32 stream, uint64 bytes);
+
+/* The warning of its size may come again, if less waits now. */
+void ForgetWarning(shmem::Stream &stream);
+
+/*
+ * Note, in the current transaction, that the stream needs a resync; false when
+ * somebody else has its row (and `wait` is false), or it is gone.
+ */
+bool GiveUp(int32 stream, const char *server, bool wait);
+
 /* ---- upkeep, in a transaction of its own ---- */
 
-/* Take the next queue table when the active one is large; empty those all have passed. */
-void Rotate();
+/*
+ * Take the next queue table when the active one is large; empty those all have
+ * passed.  True when something large, or not active, is left.
+ */
+bool Rotate();
 
 /* SQL: mmrepl.queued_changes(). */
 Datum SqlQueuedChanges(FunctionCallInfo fcinfo);

@@ -24,6 +24,9 @@ Datum SqlCreatePair(FunctionCallInfo fcinfo);
 Datum SqlAlterPair(FunctionCallInfo fcinfo);
 Datum SqlDropPair(FunctionCallInfo fcinfo);
 
+/* SQL: mmrepl.resync(server, truncate, force). */
+Datum SqlResync(FunctionCallInfo fcinfo);
+
 /* SQL: mmrepl.allow_apply(role), disallow_apply(role). */
 Datum SqlAllowApply(FunctionCallInfo fcinfo);
 Datum SqlDisallowApply(FunctionCallInfo fcinfo);

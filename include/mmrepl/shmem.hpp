@@ -27,6 +27,9 @@ constexpr int kMaxDatabases = 64;
 constexpr int kQueueTables = 3;
 constexpr int kErrorLength = 1024;
 
+/* Stream::discarded of a stream for which nothing is queued until resync(). */
+constexpr uint64 kNeedsResync = PG_UINT64_MAX;
+
 /* State of a stream's worker, as pg_stat_mmrepl shows it. */
 enum class WorkerState : int
 {
@@ -35,7 +38,8 @@ enum class WorkerState : int
 	CatchingUp,
 	Retrying,
 	Paused,
-	Blocked
+	Blocked,
+	NeedsResync
 };
 
 /*
@@ -99,6 +103,7 @@ struct Stream
 	pg_atomic_uint64 confirmed;	  /* all committed work with ticket <= this is at the peer */
 	pg_atomic_uint64 last_queued; /* newest ticket that the worker has, or may have, to deliver */
 	pg_atomic_uint64 acked;		  /* watermark that the peer has reported */
+	pg_atomic_uint64 discarded;	  /* not to be delivered up to here; see kNeedsResync */
 	pg_atomic_uint32 late_confirmed; /* late work up to this LateWord::Ended() is there, too */
 	pg_atomic_uint64 ring_gap;		 /* tickets <= this may be missing in the ring */
 
@@ -116,8 +121,12 @@ struct Stream
 	pg_atomic_uint64 queued_transactions;
 	pg_atomic_uint64 queued_changes;
 	pg_atomic_uint64 queued_bytes;
-	bool backlog_counted;			/* the tables' part is in the counts (worker only) */
-	pg_atomic_uint64 oldest_ticket; /* oldest unconfirmed committed ticket; 0: none */
+	pg_atomic_uint32 backlog_counted; /* the tables' part is in the counts */
+	uint64 registered_after;		  /* tickets up to here were drawn before the slot was taken */
+	pg_atomic_uint64 copy_ticket;	  /* resync()'s copy of the tables; 0: none is waiting */
+	pg_atomic_uint64 copy_bytes;	  /* its part of queued_bytes, which no limit is for */
+	pg_atomic_uint64 warned_at;		  /* TimestampTz: much waits, and the log said so; 0: not */
+	pg_atomic_uint64 oldest_ticket;	  /* oldest unconfirmed committed ticket; 0: none */
 
 	/* Control, guarded by mutex. */
 	Latch *worker_latch; /* NULL: no worker */
@@ -236,10 +245,14 @@ uint64 RingBytes();
 /*
  * Find or take the slot of a stream; -1 when every slot is taken (then the
  * queue tables still hold the work, but nobody delivers it until there is
- * room).  A new slot starts with confirmed = the given ticket.
+ * room).  A new slot starts with confirmed and discarded as given.
  */
 int FindStream(Oid database, int32 id);
-int RegisterStream(Oid database, int32 id, Oid server, Oid owner, uint64 confirmed, bool paused);
+int RegisterStream(Oid database, int32 id, Oid server, Oid owner, uint64 confirmed,
+				   uint64 discarded, bool paused);
+
+/* What FindStream() finds, seen while the slot cannot be another's: its `discarded`; 0: no slot. */
+uint64 DiscardedOf(Oid database, int32 id, bool *found);
 
 /* Free the slot if it is still in the same use. */
 void UnregisterStream(int index, uint64 epoch);

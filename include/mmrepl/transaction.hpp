@@ -31,8 +31,9 @@ struct Route
 struct Work; /* one stream's part of the current transaction */
 
 /*
- * The stream's part of this transaction, begun if need be.  Raises
- * ERRCODE_MMREPL_CAPTURED_TOO_LATE when the transaction's changes have already
+ * The stream's part of this transaction, begun if need be; NULL when nothing is to
+ * be captured, because the stream needs a resync.  Raises ERRCODE_MMREPL_NEEDS_RESYNC
+ * when it does and the change is synchronous, or ERRCODE_MMREPL_CAPTURED_TOO_LATE when the transaction's changes have already
  * been given their place in the queue (another extension writes while it commits).
  */
 Work *Use(const Route &route);
@@ -52,6 +53,14 @@ void CountCapture(int32 pair_id, change::Kind kind);
 /* Wake the launcher (new or changed streams) / this database's workers after a commit. */
 void WakeLauncherAtCommit();
 void WakeWorkersAtCommit();
+
+/*
+ * The current transaction changes whether the stream, which has this slot of shared
+ * memory, needs a resync: shared memory follows its row at commit.  With `copying`
+ * the transaction's own changes are queued all the same, without a limit; raises
+ * when it has changed a replicated table of the stream before.
+ */
+void FollowResyncAtCommit(int32 stream, int slot, bool copying);
 
 /* Remember to wake a stream's worker when this transaction ends in any way (ordering lock). */
 void WakeStreamAtEnd(int stream_slot);

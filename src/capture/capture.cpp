@@ -118,6 +118,9 @@ static void
 Append(Target *target, change::Kind kind, TupleTableSlot *old_row, TupleTableSlot *new_row)
 {
 	transaction::Work *work = transaction::Use(RouteOf(target));
+
+	if (work == NULL)
+		return;
 	change::Segment *segment = transaction::SegmentFor(work);
 
 	switch (kind)
@@ -196,13 +199,52 @@ SqlReplicate(FunctionCallInfo fcinfo)
 	PG_RETURN_POINTER(NULL);
 }
 
-/* ---- initial copy ---- */
+/* ---- copies of whole tables ---- */
 
-/* Capture the rows of one table that holds rows. */
-static void
-CopyRows(Relation rel, int32 pair_id)
+/* Whether the function is mmrepl.replicate(). */
+static bool
+IsReplicate(Oid function)
 {
-	CapturedTable *table = LookUp(rel, NULL);
+	return get_func_namespace(function) == catalog::GetRelations().schema &&
+		   strcmp(get_func_name(function), "replicate") == 0;
+}
+
+/* The trigger made by hand that captures rows of the relation for the server, or NULL. */
+static Trigger *
+HandTriggerFor(Relation rel, const char *server)
+{
+	TriggerDesc *triggers = rel->trigdesc;
+
+	for (int i = 0; triggers != NULL && i < triggers->numtriggers; i++)
+	{
+		Trigger *trigger = &triggers->triggers[i];
+
+		if (trigger->tgnargs == 5 && TRIGGER_FOR_ROW(trigger->tgtype) &&
+			strcmp(trigger->tgargs[0], server) == 0 && IsReplicate(trigger->tgfoid))
+			return trigger;
+	}
+	return NULL;
+}
+
+/* What the pair (0: a trigger made by hand) captures of the relation; NULL: nothing. */
+static CapturedTable *
+TableFor(Relation rel, int32 pair_id, const char *server)
+{
+	Trigger *trigger = pair_id == 0 ? HandTriggerFor(rel, server) : NULL;
+
+	return pair_id == 0 && trigger == NULL ? NULL : LookUp(rel, trigger);
+}
+
+/* Capture the rows of one table that holds rows; returns their number. */
+static int64
+CopyRows(Relation rel, int32 pair_id, const char *server)
+{
+	CapturedTable *table = TableFor(rel, pair_id, server);
+	int64 rows = 0;
+
+	if (table == NULL)
+		return 0;
+
 	TupleTableSlot *slot = table_slot_create(rel, NULL);
 	TableScanDesc scan = table_beginscan(rel, GetActiveSnapshot(), 0, NULL);
 	MemoryContext per_row =
@@ -211,6 +253,7 @@ CopyRows(Relation rel, int32 pair_id)
 	while (table_scan_getnextslot(scan, ForwardScanDirection, slot))
 	{
 		CHECK_FOR_INTERRUPTS();
+		rows++;
 		InContext(per_row, [&] {
 			for (int i = 0; i < table->n_targets; i++)
 				if (table->targets[i].pair_id == pair_id)
@@ -221,12 +264,14 @@ CopyRows(Relation rel, int32 pair_id)
 	MemoryContextDelete(per_row);
 	table_endscan(scan);
 	ExecDropSingleTupleTableSlot(slot);
+	return rows;
 }
 
-void
-CopyTable(Oid table, int32 pair_id)
+int64
+CopyTable(Oid table, int32 pair_id, const char *server)
 {
 	List *relations = find_all_inheritors(table, ShareRowExclusiveLock, NULL);
+	int64 rows = 0;
 	ListCell *cell;
 
 	PushActiveSnapshot(GetLatestSnapshot());
@@ -237,10 +282,24 @@ CopyTable(Oid table, int32 pair_id)
 		/* Children by plain inheritance are tables of their own. */
 		if (RELKIND_HAS_STORAGE(rel->rd_rel->relkind) &&
 			(RelationGetRelid(rel) == table || rel->rd_rel->relispartition))
-			CopyRows(rel, pair_id);
+			rows += CopyRows(rel, pair_id, server);
 		table_close(rel, NoLock);
 	}
 	PopActiveSnapshot();
+	return rows;
+}
+
+void
+CaptureTruncate(Oid table, int32 pair_id, const char *server)
+{
+	Relation rel = table_open(table, ShareRowExclusiveLock);
+
+	CapturedTable *captured = TableFor(rel, pair_id, server);
+
+	for (int i = 0; captured != NULL && i < captured->n_targets; i++)
+		if (captured->targets[i].pair_id == pair_id)
+			Append(&captured->targets[i], change::kTruncate, NULL, NULL);
+	table_close(rel, NoLock);
 }
 
 } // namespace mmrepl::capture

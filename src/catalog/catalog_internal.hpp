@@ -45,7 +45,10 @@ enum Stream : AttrNumber
 	stream_paused,
 	stream_confirmed,
 	stream_server_name,
-	stream_acked
+	stream_acked,
+	stream_discarded,
+	stream_resync_since,
+	stream_resync_reason
 };
 } // namespace attr
 

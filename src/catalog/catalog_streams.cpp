@@ -24,6 +24,8 @@ ReadRow(const Row &row)
 	stream.confirmed = (uint64) DatumGetInt64(row.Get(attr::stream_confirmed));
 	stream.acked = (uint64) DatumGetInt64(row.Get(attr::stream_acked));
 	stream.server_name = *DatumGetName(row.Get(attr::stream_server_name));
+	stream.discarded = (uint64) DatumGetInt64(row.Get(attr::stream_discarded));
+	stream.needs_resync = !row.IsNull(attr::stream_resync_since);
 	return stream;
 }
 
@@ -128,6 +130,7 @@ struct Assignment
 {
 	AttrNumber attribute;
 	Datum value;
+	bool null;
 };
 
 /* Take the lock of a stream's row until the transaction ends; false: not to be had at once. */
@@ -177,6 +180,7 @@ AssignColumns(int32 id, const Assignment *assignments, int count)
 	for (int i = 0; i < count; i++)
 	{
 		values[assignments[i].attribute - 1] = assignments[i].value;
+		nulls[assignments[i].attribute - 1] = assignments[i].null;
 		replaces[assignments[i].attribute - 1] = true;
 	}
 
@@ -216,6 +220,33 @@ ForgetAcked(int32 id)
 
 	LockRow(id, true);
 	return AssignColumns(id, &assignment, 1);
+}
+
+bool
+LockStreamRow(int32 id, bool wait)
+{
+	return LockRow(id, wait);
+}
+
+bool
+SetNeedsResync(int32 id, const char *reason)
+{
+	const Assignment assignments[] = {{attr::stream_resync_since,
+									   TimestampTzGetDatum(GetCurrentTimestamp())},
+									  {attr::stream_resync_reason, CStringGetTextDatum(reason)}};
+
+	return AssignColumns(id, assignments, lengthof(assignments));
+}
+
+bool
+SetResynced(int32 id, uint64 discarded)
+{
+	const Assignment assignments[] = {{attr::stream_discarded, Int64GetDatum((int64) discarded)},
+									  {attr::stream_acked, Int64GetDatum(0)},
+									  {attr::stream_resync_since, (Datum) 0, true},
+									  {attr::stream_resync_reason, (Datum) 0, true}};
+
+	return AssignColumns(id, assignments, lengthof(assignments));
 }
 
 bool
@@ -315,6 +346,8 @@ InsertRow(Oid server, const char *server_name, Oid owner)
 	values[attr::stream_confirmed - 1] = Int64GetDatum(0);
 	values[attr::stream_server_name - 1] = NameGetDatum(&name);
 	values[attr::stream_acked - 1] = Int64GetDatum(0);
+	values[attr::stream_discarded - 1] = Int64GetDatum(0);
+	nulls[attr::stream_resync_since - 1] = nulls[attr::stream_resync_reason - 1] = true;
 
 	HeapTuple tuple = heap_form_tuple(RelationGetDescr(table), values, nulls);
 

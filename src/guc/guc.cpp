@@ -23,6 +23,7 @@ int buffer_memory = 4096;
 int max_queue_size = 0;
 int recovery_interval = 60000;
 int rotate_size = 65536;
+QueueAction max_queue_action = QueueAction::Resync;
 TwoPhase two_phase = TwoPhase::Off;
 Flush sync_flush = Flush::Statement;
 Mode mode = Mode::Pair;
@@ -40,6 +41,12 @@ static const struct config_enum_entry two_phase_options[] = {
 	{"off", (int) TwoPhase::Off, false},
 	{"auto", (int) TwoPhase::Auto, false},
 	{"on", (int) TwoPhase::On, false},
+	{NULL, 0, false},
+};
+
+static const struct config_enum_entry queue_action_options[] = {
+	{"resync", (int) QueueAction::Resync, false},
+	{"warn", (int) QueueAction::Warn, false},
 	{NULL, 0, false},
 };
 
@@ -72,10 +79,15 @@ DefineWorkerSettings()
 			  0);
 	DefineInt("mmrepl.connect_timeout", "Longest wait for a connection to a peer.", NULL,
 			  &connect_timeout, 100, 600000, PGC_USERSET, GUC_UNIT_MS);
-	DefineInt("mmrepl.max_queue_size",
-			  "Changes waiting for one server at which the server log warns; 0 never warns.",
-			  "Nothing is dropped: the queue goes on growing.", &max_queue_size, 0, INT_MAX,
-			  PGC_SIGHUP, GUC_UNIT_KB);
+	DefineInt("mmrepl.max_queue_size", "Changes that may wait for one server; 0 sets no limit.",
+			  "mmrepl.max_queue_action says what happens when more would wait.", &max_queue_size, 0,
+			  INT_MAX, PGC_SIGHUP, GUC_UNIT_KB);
+	DefineCustomEnumVariable("mmrepl.max_queue_action",
+							 "What happens when mmrepl.max_queue_size is exceeded.",
+							 "'resync' queues nothing more for the server until mmrepl.resync(); "
+							 "'warn' only writes to the server log.",
+							 (int *) &max_queue_action, (int) QueueAction::Resync,
+							 queue_action_options, PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineInt("mmrepl.recovery_interval",
 			  "Longest time between two looks for prepared transactions of ours at a peer.",
 			  "Only peers whose max_prepared_transactions is not 0 are looked at.",

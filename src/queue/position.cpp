@@ -115,7 +115,7 @@ WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline)
 	{
 		long left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), deadline);
 
-		if (left <= 0)
+		if (left <= 0 || pg_atomic_read_u64(&stream.discarded) == shmem::kNeedsResync)
 			break;
 		ConditionVariableTimedSleep(&stream.confirmed_cv, Min(left, 60000L), PG_WAIT_EXTENSION);
 	}

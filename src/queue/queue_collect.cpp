@@ -197,6 +197,7 @@ Collected
 Collect(int32 stream, uint64 after, uint64 before, int limit, Survey *survey)
 {
 	bool late_beyond = false;
+	Asked asked = {stream, after, DiscardedUpTo(stream)};
 	Lowest lowest;
 
 	lowest.Start(limit);
@@ -206,7 +207,7 @@ Collect(int32 stream, uint64 after, uint64 before, int limit, Survey *survey)
 	survey->zone_blocks = ZoneBlocks();
 	WithLatestSnapshot([&] {
 		ScanQueue([&](uint32 table, const Row &row, const ItemPointerData &tid) {
-			if (!Waits(row, stream, after))
+			if (!Waits(row, asked))
 				return;
 			if (row.ticket < before)
 			{
@@ -226,12 +227,12 @@ Collect(int32 stream, uint64 after, uint64 before, int limit, Survey *survey)
 
 /* What waits in the zone and has not been read. */
 static void
-CollectZone(const Survey *survey, const Zone &zone, int32 stream, uint64 after, Lowest *lowest)
+CollectZone(const Survey *survey, const Zone &zone, const Asked &asked, Lowest *lowest)
 {
 	Relation rel = table_open(catalog::GetRelations().queue[zone.table], AccessShareLock);
 
 	ScanTable(rel, zone.first, zone.last, [&](const Row &row, const ItemPointerData &tid) {
-		if (Waits(row, stream, after) && row.ticket >= zone.low && row.ticket < survey->before)
+		if (Waits(row, asked) && row.ticket >= zone.low && row.ticket < survey->before)
 			lowest->Add(RefOf(zone.table, row, tid));
 	});
 	table_close(rel, AccessShareLock);
@@ -240,6 +241,7 @@ CollectZone(const Survey *survey, const Zone &zone, int32 stream, uint64 after, 
 Collected
 CollectMore(Survey *survey, int32 stream, uint64 after, int limit)
 {
+	Asked asked = {stream, after, DiscardedUpTo(stream)};
 	Lowest lowest;
 
 	lowest.Start(limit);
@@ -256,7 +258,7 @@ CollectMore(Survey *survey, int32 stream, uint64 after, int limit)
 				lowest.dropped = true;
 				break;
 			}
-			CollectZone(survey, zone, stream, after, &lowest);
+			CollectZone(survey, zone, asked, &lowest);
 		}
 	});
 	Collected result = lowest.Result();

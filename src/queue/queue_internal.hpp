@@ -40,13 +40,24 @@ struct Row
 /* Read the columns of a queue row; the payload is not copied. */
 void DecodeRow(HeapTuple tuple, TupleDesc desc, Row *row);
 
+/* Of which rows a reader asks whether they wait. */
+struct Asked
+{
+	int32 stream;
+	uint64 after;
+	uint64 discarded;
+};
+
 /* Whether the row is a head that waits: prepared ones wait until they are removed. */
 inline bool
-Waits(const Row &row, int32 stream, uint64 after)
+Waits(const Row &row, const Asked &asked)
 {
-	return row.stream == stream && (row.flags & kHead) &&
-		   (row.ticket > after || (row.flags & kPrepared));
+	return row.stream == asked.stream && (row.flags & kHead) && row.ticket > asked.discarded &&
+		   (row.ticket > asked.after || (row.flags & kPrepared));
 }
+
+/* SlotOf() as this process last knew it: no lock is taken, and it may be out of date. */
+int KnownSlot(int32 stream);
 
 /* The row as a reader of the queue keeps it. */
 Ref RefOf(uint32 table, const Row &row, const ItemPointerData &tid);

@@ -78,17 +78,24 @@ FindHeads(int32 stream, const uint64 *xids, int count, uint64 *tickets)
 
 void
 CountBacklog(int32 stream, uint64 after, uint64 upto, uint64 *transactions, uint64 *changes,
-			 uint64 *bytes, uint64 *oldest)
+			 uint64 *bytes, uint64 *oldest, uint64 *oldest_bytes)
 {
-	*transactions = *changes = *bytes = *oldest = 0;
+	Asked asked = {stream, after, DiscardedUpTo(stream)};
+
+	*transactions = *changes = *bytes = *oldest = *oldest_bytes = 0;
 	WithLatestSnapshot([&] {
 		ScanQueue([&](uint32 table, const Row &row, const ItemPointerData &tid) {
-			if (!Waits(row, stream, after) || row.ticket > upto)
+			if (!Waits(row, asked) || row.ticket > upto)
 				return;
+			uint64 own_bytes = RefOf(table, row, tid).bytes;
+
 			++*transactions;
 			*changes += row.changes;
-			*bytes += RefOf(table, row, tid).bytes;
-			*oldest = *oldest == 0 ? row.ticket : Min(*oldest, row.ticket);
+			*bytes += own_bytes;
+			if (*oldest != 0 && *oldest < row.ticket)
+				return;
+			*oldest = row.ticket;
+			*oldest_bytes = own_bytes;
 		});
 	});
 }

@@ -41,7 +41,11 @@ HighestConfirmed()
 	ListCell *cell;
 
 	foreach(cell, catalog::AllStreams())
-		highest = Max(highest, ((catalog::StreamRow *) lfirst(cell))->confirmed);
+	{
+		const catalog::StreamRow *row = (const catalog::StreamRow *) lfirst(cell);
+
+		highest = Max(highest, Max(row->confirmed, row->discarded));
+	}
 	return highest;
 }
 
@@ -103,15 +107,20 @@ BlocksOf(uint32 table)
 	return blocks;
 }
 
+static BlockNumber
+RotateBlocks()
+{
+	return (BlockNumber) ((uint64) guc::rotate_size * 1024 / BLCKSZ);
+}
+
 static void
 SwitchTable(shmem::Database &database)
 {
 	uint32 active = pg_atomic_read_u32(&database.active_table);
 	uint32 next = (active + 1) % shmem::kQueueTables;
-	uint64 limit = (uint64) guc::rotate_size * 1024 / BLCKSZ;
 	BlockNumber blocks = BlocksOf(active);
 
-	if (blocks == InvalidBlockNumber || blocks < limit || BlocksOf(next) != 0)
+	if (blocks == InvalidBlockNumber || blocks < RotateBlocks() || BlocksOf(next) != 0)
 		return;
 	MMREPL_FAULT_POINT("rotate-begin");
 	pg_atomic_write_u32(&database.active_table, next);
@@ -130,11 +139,12 @@ ConfirmedOf(int32 stream)
 	return catalog::ReadStreamRow(stream, &row) ? row.confirmed : PG_UINT64_MAX;
 }
 
-/* ConfirmedOf() of the stream that was looked at last. */
+/* What of the stream that was looked at last is not needed. */
 struct Position
 {
 	int32 stream;
 	uint64 confirmed;
+	uint64 discarded;
 };
 
 /* Whether the row is a head that is not at its peer. */
@@ -144,7 +154,9 @@ Needed(const Row &row, Position *position)
 	if (!(row.flags & kHead))
 		return false;
 	if (row.stream != position->stream)
-		*position = {row.stream, ConfirmedOf(row.stream)};
+		*position = {row.stream, ConfirmedOf(row.stream), DiscardedUpTo(row.stream)};
+	if (row.ticket <= position->discarded)
+		return false;
 	return row.ticket > position->confirmed ||
 		   ((row.flags & kPrepared) && position->confirmed != PG_UINT64_MAX);
 }
@@ -201,9 +213,10 @@ FindWitness(Relation rel, ItemPointer witness)
 }
 
 /* Empty one table if nobody uses it and nothing in it is needed; we share-lock it. */
-static void
+static bool
 EmptyTable(uint32 table)
 {
+	bool emptied = false;
 	Oid oid = catalog::GetRelations().queue[table];
 	Relation rel = table_open(oid, NoLock);
 
@@ -216,9 +229,11 @@ EmptyTable(uint32 table)
 			MMREPL_FAULT_POINT("rotate-emptying");
 			table_relation_nontransactional_truncate(rel);
 			MMREPL_FAULT_POINT("rotate-emptied");
+			emptied = true;
 		}
 	}
 	table_close(rel, NoLock);
+	return emptied;
 }
 
 /* One process of the database at a time; the lock ends with the transaction. */
@@ -231,13 +246,14 @@ TakeUpkeepLock()
 	return LockAcquire(&tag, ExclusiveLock, false, true) != LOCKACQUIRE_NOT_AVAIL;
 }
 
-void
+bool
 Rotate()
 {
 	shmem::Database &database = shmem::DatabaseOf(MyDatabaseId);
+	bool left = false;
 
 	if (!TakeUpkeepLock())
-		return;
+		return true;
 	SwitchTable(database);
 	for (uint32 table = 0; table < shmem::kQueueTables; table++)
 	{
@@ -245,9 +261,10 @@ Rotate()
 			continue;
 		BlockNumber blocks = BlocksOf(table);
 
-		if (blocks != InvalidBlockNumber && blocks > 0)
-			EmptyTable(table);
+		if (blocks != 0)
+			left |= blocks == InvalidBlockNumber || !EmptyTable(table);
 	}
+	return left || BlocksOf(pg_atomic_read_u32(&database.active_table)) >= RotateBlocks();
 }
 
 } // namespace mmrepl::queue

@@ -30,16 +30,26 @@ CurrentRegistrations()
 	return registrations;
 }
 
+static struct
+{
+	int32 stream;
+	int slot;
+} known[8];
+
+static int n_known;
+
+int
+KnownSlot(int32 stream)
+{
+	for (int i = 0; i < n_known; i++)
+		if (known[i].stream == stream && known[i].slot >= 0)
+			return known[i].slot;
+	return SlotOf(stream);
+}
+
 int
 SlotOf(int32 stream)
 {
-	struct Known
-	{
-		int32 stream;
-		int slot;
-	};
-	static Known known[8];
-	static int n_known;
 	uint64 registrations = CurrentRegistrations();
 
 	if (registrations != seen_registrations)
@@ -178,7 +188,10 @@ Settle(Outgoing *out, uint64 ticket, Fate fate)
 		if (out->flags & kInlined)
 			NoteDoubt(stream, ticket);
 		AtomicMax(&stream.last_queued, ticket);
-		CountQueued(stream, out, ticket);
+		if (out->copy)
+			NoteCopy(stream, ticket, out->counted_bytes);
+		if (!(out->flags & kTombstone))
+			CountQueued(stream, out, ticket);
 	}
 	if (out->entry != 0)
 	{

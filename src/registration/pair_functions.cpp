@@ -231,7 +231,7 @@ MakeTriggersAndCopy(Relation rel, const PairRow &row, bool copy_data)
 		LockRelation(rel, ShareRowExclusiveLock);
 	EnsurePairTriggers(rel);
 	if (copy_data)
-		capture::CopyTable(row.table, row.id);
+		(void) capture::CopyTable(row.table, row.id, row.server);
 }
 
 /* Raise when the pair is there already. */
@@ -290,6 +290,7 @@ CreatePair(Relation rel, const char *server_name, const Options &options)
 	PairRow row = NewPair(rel, server_name);
 
 	(void) connection::Resolve(server, row.owner);
+	RequireNoResync(server, row.owner, server_name);
 	LockRelation(rel, ShareUpdateExclusiveLock);
 	RequireNoPair(row);
 
@@ -333,6 +334,8 @@ AlterPair(Relation rel, const char *server_name, const Options &options)
 
 	RequireReplicable(rel);
 	(void) connection::Resolve(server, row.owner);
+	if (options.copy_data)
+		RequireNoResync(server, row.owner, server_name);
 
 	Key key = RequireKey(rel);
 

@@ -91,6 +91,11 @@ PairColumns ResolveColumns(Relation rel, const Key &key, const PairRow &row);
 /* All of it for a pair that exists; the error's context names the pair. */
 void RevalidatePair(Relation rel, const PairRow &row);
 
+/* ---- resync.cpp ---- */
+
+/* Raise when nothing is queued for the stream, as a copy of a table would have to be. */
+void RequireNoResync(Oid server, Oid owner, const char *name);
+
 /* ---- peer_check.cpp: what must be true at the peer ---- */
 
 struct PeerQuestion

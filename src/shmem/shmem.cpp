@@ -187,6 +187,18 @@ FindStream(Oid database, int32 id)
 	return index;
 }
 
+uint64
+DiscardedOf(Oid database, int32 id, bool *found)
+{
+	LWLockAcquire(state->registry, LW_SHARED);
+	int index = FindStreamLocked(database, id);
+	uint64 discarded = index < 0 ? 0 : pg_atomic_read_u64(&state->streams[index].discarded);
+
+	LWLockRelease(state->registry);
+	*found = index >= 0;
+	return discarded;
+}
+
 /* Whether a transaction on its way has entries in the slot's ring; clock spinlock held. */
 static bool
 HasEntriesOnTheWay(int index)
@@ -220,6 +232,7 @@ ActivateStream(int index, uint64 confirmed)
 	{
 		for (int i = 0; i < state->n_slots; i++)
 			pg_atomic_write_u32(&slots[i].everyone, 1);
+		stream->registered_after = state->last_ticket;
 		pg_atomic_write_u64(&stream->ring_gap, state->last_ticket);
 		pg_atomic_write_u64(&stream->last_queued, state->last_ticket);
 		pg_atomic_write_u64(&stream->doubt_to, state->last_ticket);
@@ -246,7 +259,8 @@ DeactivateStream(Stream *stream)
 }
 
 int
-RegisterStream(Oid database, int32 id, Oid server, Oid owner, uint64 confirmed, bool paused)
+RegisterStream(Oid database, int32 id, Oid server, Oid owner, uint64 confirmed, uint64 discarded,
+			   bool paused)
 {
 	LWLockAcquire(state->registry, LW_EXCLUSIVE);
 	int index = FindStreamLocked(database, id);
@@ -271,6 +285,7 @@ RegisterStream(Oid database, int32 id, Oid server, Oid owner, uint64 confirmed, 
 		stream->owner = owner;
 		stream->paused = paused;
 		stream->state = paused ? WorkerState::Paused : WorkerState::Starting;
+		pg_atomic_write_u64(&stream->discarded, discarded);
 		pg_atomic_write_u64(&stream->counters.reset_at, (uint64) GetCurrentTimestamp());
 		if (ActivateStream(i, confirmed))
 			index = i;

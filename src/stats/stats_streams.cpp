@@ -24,6 +24,8 @@ StateName(shmem::WorkerState state)
 			return "paused";
 		case shmem::WorkerState::Blocked:
 			return "blocked";
+		case shmem::WorkerState::NeedsResync:
+			return "needs resync";
 	}
 	return "unknown";
 }

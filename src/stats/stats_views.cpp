@@ -236,6 +236,7 @@ BuildStreamRow(RowBuilder *row, shmem::Stream &stream, const Sample &sample)
 	row->AddIf(sample.peer_known, UUIDPGetDatum(peer));
 	row->AddUnlessZero(sample.last_apply_at);
 	row->AddUnlessZero((int64) sample.blocked_ticket);
+	row->AddUnlessZero((int64) pg_atomic_read_u64(&stream.warned_at));
 }
 
 Datum

@@ -71,6 +71,52 @@ FinishInline(bool prepare)
 	sync::Prepare(preparing, n_preparing, U64FromFullTransactionId(GetTopFullTransactionId()));
 }
 
+static int64
+BytesOf(const Work *work)
+{
+	int64 bytes = (int64) work->out.place.bytes;
+
+	for (const change::Segment *segment = work->first; segment != NULL; segment = segment->next)
+		bytes += segment->data != NULL ? segment->length : 0;
+	return bytes;
+}
+
+/* Whether the part is to be given up, and its stream with it. */
+static bool
+GivesUp(Work *work, bool prepare)
+{
+	if (work->too_large && prepare)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("cannot PREPARE a transaction that exceeds \"mmrepl.max_queue_size\""),
+				 errdetail("Its changes for server \"%s\" were not queued.",
+						   work->route.server_name)));
+	if (work->too_large)
+		return GiveUpPart(work, true);
+	return !prepare && !work->out.copy && (work->out.flags & queue::kInlined) == 0 &&
+		   queue::ExceedsLimit(work->route.stream, (uint64) BytesOf(work)) &&
+		   GiveUpPart(work, false);
+}
+
+/* Whether the work has something for the queue; if so, it is ready to be written. */
+static bool
+PreparePart(Work *work, bool prepare)
+{
+	if (work->changes == 0 && !work->too_large)
+		return false;
+	work->out.changes = (uint32) Min(work->changes, (int64) PG_UINT32_MAX);
+	work->out.flags = queue::kHead;
+	if (prepare)
+		work->out.flags |= queue::kPrepared;
+	if (work->inlined != NULL && work->inlined->begun)
+		work->out.flags |= queue::kInlined;
+	if (work->inlined != NULL && work->inlined->phase == sync::Phase::Prepared)
+		work->out.flags |= queue::kTwoPhase;
+	if (!GivesUp(work, prepare))
+		queue::PrepareHead(&work->out, work->first, current.context);
+	return true;
+}
+
 /* Collect the works that have something to queue, chunk rows complete. */
 static void
 PrepareParts(bool prepare)
@@ -78,18 +124,9 @@ PrepareParts(bool prepare)
 	current.n_parts = 0;
 	for (Work *work = current.works; work != NULL; work = work->next)
 	{
-		if (work->changes == 0)
+		if (!PreparePart(work, prepare))
 			continue;
 		MmreplEnsure(current.n_parts < shmem::kMaxStreams, "too many streams in a transaction");
-		work->out.changes = (uint32) Min(work->changes, (int64) PG_UINT32_MAX);
-		work->out.flags = queue::kHead;
-		if (prepare)
-			work->out.flags |= queue::kPrepared;
-		if (work->inlined != NULL && work->inlined->begun)
-			work->out.flags |= queue::kInlined;
-		if (work->inlined != NULL && work->inlined->phase == sync::Phase::Prepared)
-			work->out.flags |= queue::kTwoPhase;
-		queue::PrepareHead(&work->out, work->first, current.context);
 		current.parts[current.n_parts++] = &work->out;
 	}
 }
@@ -110,12 +147,13 @@ RequireForeignGid()
 static void
 BeforeCommit(bool prepare)
 {
-	if (current.works == NULL)
+	if (current.works == NULL && current.resyncs == NULL)
 		return;
 	MMREPL_FAULT_POINT("commit-begin");
 	FinishInline(prepare);
 	MMREPL_FAULT_POINT("commit-peers-ready");
 	PrepareParts(prepare);
+	ReadResyncs(prepare);
 	current.written = true;
 	if (current.n_parts == 0)
 		return;
@@ -197,7 +235,7 @@ SettleAll(queue::Fate fate)
 			own = EndInline(work);
 		else if (work->inlined != NULL && !sync::Abort(work->inlined))
 			CallRecovery(work);
-		if (current.ticket != 0 && work->changes > 0)
+		if (current.ticket != 0 && (work->changes > 0 || work->too_large))
 			queue::Settle(&work->out, current.ticket, own);
 	}
 	MMREPL_CRASH_POINT("commit-entries-settled");
@@ -268,6 +306,8 @@ HitEnd([[maybe_unused]] queue::Fate fate)
 static void
 AfterEnd(queue::Fate fate)
 {
+	if (fate == queue::Fate::Committed)
+		PublishResyncs();
 	if (current.works != NULL)
 	{
 		HitEnd(fate);

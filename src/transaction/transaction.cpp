@@ -58,6 +58,8 @@ NewWork(const Route &route)
 	work->route.server_name = MemoryContextStrdup(current.context, route.server_name);
 	work->out.stream = route.stream;
 	work->out.slot = -1;
+	work->out.copy = CopyOf(route.stream) != NULL;
+	work->given_up = !work->out.copy && queue::NeedsResync(route.stream);
 	work->next = current.works;
 	current.works = work;
 	return work;
@@ -80,6 +82,11 @@ Use(const Route &route)
 		work = work->next;
 	if (work == NULL)
 		work = NewWork(route);
+	if (unlikely(work->given_up))
+	{
+		RefuseSync(work, route);
+		return NULL;
+	}
 	if (route.sync)
 		TurnSync(work, route.queue_when_unreachable);
 	return work;
@@ -250,6 +257,12 @@ SpillWork(Work *work)
 
 	if (from == NULL || from == work->last)
 		return;
+	if (!work->sync && !work->out.copy &&
+		queue::ExceedsLimit(work->route.stream, work->out.place.bytes))
+	{
+		work->given_up = work->too_large = true;
+		return;
+	}
 	MMREPL_FAULT_POINT("spill-begin");
 	queue::Spill(&work->out, from, work->last);
 	work->spilled = true;
@@ -281,15 +294,25 @@ SharedStream(Work *work)
 
 		MmreplEnsure(catalog::ReadStreamRow(work->route.stream, &row), "stream %d does not exist",
 					 work->route.stream);
-		slot = shmem::RegisterStream(MyDatabaseId, row.id, row.server, row.owner, row.confirmed,
-									 row.paused);
-		shmem::WakeLauncher();
+		slot = queue::TakeSlot(row);
 	}
 	if (slot < 0)
 		ereport(ERROR, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
 						errmsg("too many servers are replicated to"),
 						errhint("Raise mmrepl.max_servers and restart the server.")));
 	return shmem::Get().streams[slot];
+}
+
+static bool
+FailForResync(const Work *work, connection::Failure *failure)
+{
+	*failure = {};
+	failure->sqlstate = ERRCODE_MMREPL_NEEDS_RESYNC;
+	failure->message = pstrdup("the server needs a resync");
+	failure->detail = pstrdup("Too much was waiting for it.");
+	failure->hint =
+		psprintf("SELECT mmrepl.resync(%s);", quote_literal_cstr(work->route.server_name));
+	return false;
 }
 
 /*
@@ -306,6 +329,8 @@ PassFence(Work *work, connection::Failure *failure)
 	shmem::Stream &stream = SharedStream(work);
 	queue::Goal goal = queue::CurrentGoal(stream);
 
+	if (queue::NeedsResync(work->route.stream))
+		return FailForResync(work, failure);
 	if (queue::Reached(stream, goal))
 		return true;
 	SpinLockAcquire(&stream.mutex);

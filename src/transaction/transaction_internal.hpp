@@ -36,6 +36,8 @@ struct Work
 	bool spilled;		 /* chunk rows were written */
 	bool sync;			 /* executes at the peer inline */
 	int sync_level;		 /* nest level at which it became sync, after merges */
+	bool given_up;		 /* the stream needs a resync: nothing is captured */
+	bool too_large;		 /* ... since this transaction would spill more than may wait */
 	bool degraded;		 /* was sync; the peer could not be reached: queued */
 	int64 unsent;		 /* changes not yet sent inline */
 	sync::Work *inlined; /* NULL until the first flush */
@@ -47,6 +49,17 @@ struct PairCount
 	int32 pair_id;
 	stats::PairCounters *counters;
 	uint64 inserts, updates, deletes, truncates;
+};
+
+/* A stream for which shared memory follows its row when the transaction commits. */
+struct Resync
+{
+	Resync *next;
+	int32 stream;
+	int slot;
+	uint64 epoch;	  /* of the slot's use */
+	bool copying;	  /* resync(): what is captured is queued */
+	uint64 discarded; /* as the row says at PRE_COMMIT */
 };
 
 struct Current
@@ -61,7 +74,8 @@ struct Current
 	int n_parts;
 	bool wake_launcher;
 	bool wake_workers;
-	uint64 wake_streams;   /* bit mask of slots */
+	uint64 wake_streams; /* bit mask of slots */
+	Resync *resyncs;
 	shmem::Database *late; /* COMMIT PREPARED is under way; NULL: none */
 };
 
@@ -69,6 +83,25 @@ extern Current current;
 
 /* Send what a statement left behind; see sync_flush. */
 void FlushPending();
+
+/*
+ * Nothing is captured for the stream: raise or notice it if the change is
+ * synchronous.  As long as this transaction has its locks nobody copies the
+ * tables: it is not asked again whether the stream still needs that.
+ */
+void RefuseSync(Work *work, const Route &route);
+
+/* At PRE_COMMIT: what shared memory will be told.  Raises when prepared. */
+void ReadResyncs(bool prepare);
+
+/* At COMMIT, before anything is settled: who meets a tombstone must find the stream given up. */
+void PublishResyncs();
+
+/* resync()'s entry for the stream, or NULL. */
+const Resync *CopyOf(int32 stream);
+
+/* The part is not queued; a tombstone is, and the stream needs a resync when this commits. */
+bool GiveUpPart(Work *work, bool wait);
 
 /* Undo and merge of subtransactions. */
 void UndoTo(Work *work, int level);

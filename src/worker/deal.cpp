@@ -24,9 +24,9 @@ OldestOf(const catalog::StreamRow *row, int slot)
 	return waiting.count == 0 ? 0 : waiting.refs[0].ticket;
 }
 
-/* The caller's stream that has waited longest; NULL: nothing waits. */
+/* The caller's stream that has waited longest; NULL: nothing waits.  One that was given up is not well. */
 static catalog::StreamRow *
-LongestWaiting()
+LongestWaiting(bool *all_well)
 {
 	catalog::StreamRow *chosen = NULL;
 	uint64 oldest = PG_UINT64_MAX;
@@ -38,6 +38,15 @@ LongestWaiting()
 
 		if (!has_privs_of_role(GetUserId(), row->owner))
 			continue;
+		if (row->needs_resync)
+		{
+			ereport(WARNING, (errcode(ERRCODE_MMREPL_NEEDS_RESYNC),
+							  errmsg("server \"%s\" needs a resync", NameStr(row->server_name)),
+							  errhint("SELECT mmrepl.resync(%s);",
+									  quote_literal_cstr(NameStr(row->server_name)))));
+			*all_well = false;
+			continue;
+		}
 		uint64 ticket = OldestOf(row, RequireSlot(row));
 
 		if (ticket == 0 || ticket >= oldest)
@@ -191,9 +200,10 @@ SqlDeal(FunctionCallInfo fcinfo)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("limit must be at least 1"),
 				 errhint("Whole transactions are delivered, at least one.")));
 	queue::EnsureReady();
-	catalog::StreamRow *row = LongestWaiting();
+	bool all_well = true;
+	catalog::StreamRow *row = LongestWaiting(&all_well);
 
-	PG_RETURN_BOOL(row == NULL || DrainQuietly(row, limit));
+	PG_RETURN_BOOL((row == NULL || DrainQuietly(row, limit)) && all_well);
 }
 
 } // namespace mmrepl::worker

@@ -193,6 +193,17 @@ GapAhead(const Feed *feed)
 			   pg_atomic_read_u64(&feed->shared->ring_taken)) > feed->position;
 }
 
+/*
+ * The transaction that gave the stream up.  Shared memory knew before it was
+ * settled: we were on our way from before, and find the same out when we begin
+ * again, or find that it has been resynced since.
+ */
+pg_attribute_noreturn() static void MeetTombstone()
+{
+	ereport(ERROR, (errcode(ERRCODE_MMREPL_NEEDS_RESYNC),
+					errmsg("the stream needs a resync: too much was waiting")));
+}
+
 /* Put one committed entry into the shipment; false: it has to wait for the next. */
 static bool
 TakeEntry(Feed *feed, Shipment *shipment, const queue::RingEntry *entry, const Budget &budget)
@@ -200,6 +211,12 @@ TakeEntry(Feed *feed, Shipment *shipment, const queue::RingEntry *entry, const B
 	const char *payload = queue::EntryPayload(entry);
 	uint32 bytes = entry->payload_length;
 
+	if (entry->flags & queue::kTombstone)
+	{
+		if (shipment->transactions > 0)
+			return false;
+		MeetTombstone();
+	}
 	if (entry->flags & queue::kChunked)
 	{
 		queue::Place place = queue::ReadPlace(payload, entry->payload_length);
@@ -326,6 +343,12 @@ NoteLate(Feed *feed, Shipment *shipment, const queue::Ref &ref)
 static bool
 TakeRef(Feed *feed, Shipment *shipment, const queue::Ref &ref, const Budget &budget)
 {
+	if (ref.flags & queue::kTombstone)
+	{
+		if (shipment->transactions > 0)
+			return false;
+		MeetTombstone();
+	}
 	if (ref.flags & queue::kChunked)
 	{
 		Waiting waiting = {ref.ticket, ref.xid, ref.flags, ref.changes};

@@ -84,7 +84,7 @@ RequirePeerNotRewound(const Feed *feed, uint64 watermark)
 static void
 RequireSourceNotRewound(Feed *feed, uint64 watermark)
 {
-	uint64 transactions, changes, bytes, oldest;
+	uint64 transactions, changes, bytes, oldest, oldest_bytes;
 
 	if (watermark <= queue::LastDrawn())
 		return;
@@ -93,7 +93,7 @@ RequireSourceNotRewound(Feed *feed, uint64 watermark)
 	queue::RaiseClock(watermark);
 	InTransaction([&] {
 		queue::CountBacklog(feed->stream, after, watermark, &transactions, &changes, &bytes,
-							&oldest);
+							&oldest, &oldest_bytes);
 	});
 	if (transactions > 0)
 		ereport(ERROR,
@@ -112,7 +112,8 @@ ResetFeed(Feed *feed, uint64 watermark)
 	RequirePeerNotRewound(feed, watermark);
 	RequireSourceNotRewound(feed, watermark);
 	queue::Acknowledged(*feed->shared, watermark);
-	ReadAgain(feed, Max(pg_atomic_read_u64(&feed->shared->confirmed), watermark));
+	ReadAgain(feed, Max(Max(pg_atomic_read_u64(&feed->shared->confirmed), watermark),
+						pg_atomic_read_u64(&feed->shared->discarded)));
 	feed->watermark = watermark;
 	feed->from_tables = true;
 	feed->late_unremoved = 0;

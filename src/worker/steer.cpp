@@ -16,14 +16,8 @@ int
 RequireSlot(const catalog::StreamRow *row)
 {
 	queue::EnsureReady(); /* and refuse on a standby */
-	int slot = queue::SlotOf(row->id);
+	int slot = queue::TakeSlot(*row);
 
-	if (slot < 0)
-	{
-		slot = shmem::RegisterStream(MyDatabaseId, row->id, row->server, row->owner, row->confirmed,
-									 row->paused);
-		shmem::WakeLauncher();
-	}
 	if (slot < 0)
 		ereport(ERROR, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
 						errmsg("too many servers are replicated to"),
@@ -164,6 +158,15 @@ SqlAcceptPeer(FunctionCallInfo fcinfo)
 
 /* ---- waiting ---- */
 
+pg_attribute_noreturn() static void RefuseToWait(const char *server)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_MMREPL_NEEDS_RESYNC), errmsg("server \"%s\" needs a resync", server),
+			 errdetail("Too much was waiting for it: what is committed here is not queued "
+					   "any more."),
+			 errhint("SELECT mmrepl.resync(%s);", quote_literal_cstr(server))));
+}
+
 Datum
 SqlWaitForReplay(FunctionCallInfo fcinfo)
 {
@@ -183,8 +186,12 @@ SqlWaitForReplay(FunctionCallInfo fcinfo)
 		int slot = RequireSlot((const catalog::StreamRow *) lfirst(cell));
 		shmem::Stream &stream = shmem::Get().streams[slot];
 
+		if (queue::NeedsResync(((const catalog::StreamRow *) lfirst(cell))->id))
+			RefuseToWait(NameStr(*PG_GETARG_NAME(0)));
 		shmem::WakeWorker(stream);
 		reached &= queue::WaitConfirmed(stream, queue::CurrentGoal(stream), deadline);
+		if (!reached && queue::NeedsResync(((const catalog::StreamRow *) lfirst(cell))->id))
+			RefuseToWait(NameStr(*PG_GETARG_NAME(0)));
 	}
 	PG_RETURN_BOOL(reached);
 }
@@ -278,6 +285,8 @@ SkipIn(const catalog::StreamRow *row, const char *server, uint64 ticket, text *r
 	if (!queue::FindHead(row->id, ticket, &ref))
 		return false;
 	if (pg_atomic_read_u64(&stream.confirmed) >= ticket && !(ref.flags & queue::kPrepared))
+		return false;
+	if (pg_atomic_read_u64(&stream.discarded) >= ticket)
 		return false;
 	skipped.queries = initArrayResult(TEXTOID, CurrentMemoryContext, false);
 	queue::ReadSegments(ref, row->id, RecordSegment, &skipped);

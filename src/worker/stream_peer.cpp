@@ -92,23 +92,20 @@ ReadConfiguration(Session *session)
 	});
 }
 
+/*
+ * Shared memory says what the stream's row says, whoever has changed it: what is
+ * seen under the row's lock is not being changed.
+ */
 static void
-CountOldBacklog(Session *session)
+FollowResync(Session *session)
 {
-	shmem::Stream &stream = *session->shared;
-	uint64 transactions, changes, bytes, oldest;
+	catalog::StreamRow row = {};
 
-	if (stream.backlog_counted)
+	if (!catalog::LockStreamRow(session->stream, false) ||
+		!catalog::ReadStreamRow(session->stream, &row) ||
+		row.DiscardedUpTo() == pg_atomic_read_u64(&session->shared->discarded))
 		return;
-	queue::CountBacklog(session->stream, pg_atomic_read_u64(&stream.confirmed),
-						pg_atomic_read_u64(&stream.ring_gap), &transactions, &changes, &bytes,
-						&oldest);
-	pg_atomic_fetch_add_u64(&stream.queued_transactions, (int64) transactions);
-	pg_atomic_fetch_add_u64(&stream.queued_changes, (int64) changes);
-	pg_atomic_fetch_add_u64(&stream.queued_bytes, (int64) bytes);
-	if (oldest != 0)
-		pg_atomic_write_u64(&stream.oldest_ticket, oldest);
-	stream.backlog_counted = true;
+	queue::SetDiscarded(*session->shared, row.DiscardedUpTo());
 }
 
 /*
@@ -137,7 +134,8 @@ Attend(Session *session)
 
 	InTransaction([&] {
 		ReadConfiguration(session);
-		CountOldBacklog(session);
+		FollowResync(session);
+		queue::CountOldBacklog(*session->shared);
 		RequireOwnNode();
 	});
 	if (session->conn != NULL && session->target->hash != before)

@@ -58,7 +58,7 @@ struct Session
 	bool position_loaded; /* what the row knows of the peer is in shared memory */
 	uint64 persisted;	  /* confirmed, as last written to the stream's row */
 	TimestampTz upkeep_at;
-	bool warned_of_size;
+	bool rest_is_due; /* upkeep of a stream that needs a resync has something left to do */
 
 	TimestampTz recovery_at; /* when to look for prepared transactions again */
 	int64 recovery_delay;	 /* before that look */

@@ -12,6 +12,7 @@ namespace mmrepl::worker
 {
 
 constexpr int64 kUpkeepEvery = USECS_PER_SEC;
+constexpr int64 kRestEvery = INT64CONST(5) * USECS_PER_SEC;
 
 /* Who gives the ordering lock up wakes us just before the lock is free. */
 constexpr int64 kLockRetry = INT64CONST(100) * 1000;
@@ -87,6 +88,38 @@ InitSession(Session *session, int slot)
 		AllocSetContextCreate(TopMemoryContext, "mmrepl shipments", ALLOCSET_DEFAULT_SIZES);
 }
 
+/* ---- a stream that needs a resync ---- */
+
+static bool
+GivenUp(const Session *session)
+{
+	return pg_atomic_read_u64(&session->shared->discarded) == shmem::kNeedsResync;
+}
+
+/* Nothing is delivered; the tables may be emptied of what was queued. */
+static void
+RestFromDelivery(Session *session)
+{
+	if (session->shared->state == shmem::WorkerState::NeedsResync && session->conn == NULL)
+		return;
+	DropPeer(session);
+	session->failures = 0;
+	session->retry_at = 0;
+	session->rest_is_due = true;
+	session->upkeep_at = 0;
+	SpinLockAcquire(&session->shared->mutex);
+	session->shared->state = shmem::WorkerState::NeedsResync;
+	session->shared->consecutive_failures = 0;
+	session->shared->next_retry_at = 0;
+	session->shared->blocked_ticket = 0;
+	SpinLockRelease(&session->shared->mutex);
+	stats::SetError(*session->shared, ERRCODE_MMREPL_NEEDS_RESYNC,
+					"the stream needs a resync: more than \"mmrepl.max_queue_size\" would have "
+					"waited\nHINT:  See resync_reason.");
+	ereport(LOG,
+			(errmsg("mmrepl: stream %d needs a resync, nothing is delivered", session->stream)));
+}
+
 /* ---- upkeep ---- */
 
 /* Write the position down and rotate; the loss of either is harmless. */
@@ -96,7 +129,8 @@ Upkeep(Session *session)
 	TimestampTz now = GetCurrentTimestamp();
 	uint64 confirmed = pg_atomic_read_u64(&session->shared->confirmed);
 
-	if (!session->position_loaded || now < session->upkeep_at || confirmed == session->persisted)
+	if (!session->position_loaded || now < session->upkeep_at ||
+		(confirmed == session->persisted && !session->rest_is_due))
 		return;
 	InTransaction([&] {
 		(void) set_config_option("synchronous_commit", "off", PGC_USERSET, PGC_S_SESSION,
@@ -106,27 +140,14 @@ Upkeep(Session *session)
 		MMREPL_FAULT_POINT("position-saving");
 	});
 	MMREPL_FAULT_POINT("position-saved");
-	InTransaction([&] { queue::Rotate(); });
+	bool left = false;
+
+	InTransaction([&] { left = queue::Rotate(); });
+	session->rest_is_due = left && GivenUp(session);
 	SetLatch(MyLatch); /* a wait for a table's lock may have swallowed a wake-up */
 	session->persisted = confirmed;
-	session->upkeep_at = now + kUpkeepEvery;
+	session->upkeep_at = now + (session->rest_is_due ? kRestEvery : kUpkeepEvery);
 	pgstat_report_stat(false);
-}
-
-/* Say once that more waits than mmrepl.max_queue_size, and again after it was less. */
-static void
-WatchQueueSize(Session *session)
-{
-	uint64 waiting = pg_atomic_read_u64(&session->shared->queued_bytes);
-	bool too_much = guc::max_queue_size > 0 && waiting > (uint64) guc::max_queue_size * 1024;
-
-	if (too_much && !session->warned_of_size)
-		ereport(WARNING,
-				(errmsg("mmrepl: %llu bytes of changes wait for stream %d",
-						(unsigned long long) waiting, session->stream),
-				 errdetail("\"mmrepl.max_queue_size\" is exceeded; the queue goes on growing."),
-				 errhint("See mmrepl.pg_stat_mmrepl for why they are not delivered.")));
-	session->warned_of_size = too_much;
 }
 
 /* ---- waiting ---- */
@@ -149,11 +170,14 @@ Timeout(const Session *session)
 	TimestampTz now = GetCurrentTimestamp();
 	TimestampTz due = 0;
 
-	if (session->conn == NULL && !session->shared->paused)
+	if (GivenUp(session))
+		due = 0;
+	else if (session->conn == NULL && !session->shared->paused)
 		due = session->retry_at;
 	else if (session->conn != NULL && !session->holds_lock && !session->shared->paused)
 		due = now + kLockRetry;
-	if (pg_atomic_read_u64(&session->shared->confirmed) != session->persisted)
+	if (pg_atomic_read_u64(&session->shared->confirmed) != session->persisted ||
+		session->rest_is_due)
 		due = due == 0 ? session->upkeep_at : Min(due, session->upkeep_at);
 	if ((session->conn != NULL || session->shared->paused) && session->recovery_at != DT_NOEND)
 		due = due == 0 ? session->recovery_at : Min(due, session->recovery_at);
@@ -233,6 +257,11 @@ Round(Session *session)
 		session->retry_at = 0;
 	if (session->attended || !BackingOff(session))
 		Attend(session);
+	if (GivenUp(session))
+	{
+		RestFromDelivery(session);
+		return;
+	}
 	if (session->conn != NULL && !Receive(session))
 		return;
 	if (session->shared->paused || session->shared->handover_requests > 0)
@@ -261,7 +290,7 @@ Serve(Session *session, MemoryContext round)
 	{
 		Round(session);
 		Upkeep(session);
-		WatchQueueSize(session);
+		queue::ForgetWarning(*session->shared);
 		Wait(session);
 		MemoryContextReset(round);
 	}

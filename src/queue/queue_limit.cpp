@@ -1,0 +1,250 @@
+/*
+ * queue_limit.cpp
+ *		What waits for one server at the most, and streams that need a resync.
+ *
+ * A stream whose queue would exceed mmrepl.max_queue_size is given up: the
+ * transaction that finds that out notes it in mmrepl.stream and queues, instead
+ * of its changes, a tombstone: a head row without changes, behind which nothing
+ * is delivered.  It needs no worker for that.  From then on nothing is queued for
+ * the stream, until resync() copies its tables.
+ */
+#include "queue_internal.hpp"
+
+namespace mmrepl::queue
+{
+
+/* ---- slots ---- */
+
+int
+TakeSlot(const catalog::StreamRow &row)
+{
+	int slot = SlotOf(row.id);
+
+	if (slot < 0)
+	{
+		slot = shmem::RegisterStream(MyDatabaseId, row.id, row.server, row.owner, row.confirmed,
+									 row.DiscardedUpTo(), row.paused);
+		shmem::WakeLauncher();
+	}
+	return slot;
+}
+
+uint64
+DiscardedUpTo(int32 stream)
+{
+	catalog::StreamRow row = {};
+	bool has_slot;
+	uint64 discarded = shmem::DiscardedOf(MyDatabaseId, stream, &has_slot);
+
+	if (has_slot)
+		return discarded;
+	return catalog::ReadStreamRow(stream, &row) ? row.DiscardedUpTo() : 0;
+}
+
+/* A look without a lock may be at another stream's slot: what it denies is left to chance. */
+bool
+NeedsResync(int32 stream)
+{
+	int slot = KnownSlot(stream);
+
+	if (slot >= 0 &&
+		likely(pg_atomic_read_u64(&shmem::Get().streams[slot].discarded) != shmem::kNeedsResync))
+		return false;
+	return DiscardedUpTo(stream) == shmem::kNeedsResync;
+}
+
+void
+SetDiscarded(shmem::Stream &stream, uint64 discarded)
+{
+	if (discarded != pg_atomic_read_u64(&stream.discarded))
+	{
+		pg_atomic_write_u64(&stream.acked, 0);
+		pg_atomic_write_u64(&stream.queued_transactions, 0);
+		pg_atomic_write_u64(&stream.queued_changes, 0);
+		pg_atomic_write_u64(&stream.queued_bytes, 0);
+		pg_atomic_write_u64(&stream.oldest_ticket, 0);
+		pg_atomic_write_u64(&stream.copy_ticket, 0);
+		pg_atomic_write_u64(&stream.warned_at, 0);
+	}
+	pg_atomic_write_u64(&stream.discarded, discarded);
+	SpinLockAcquire(&stream.mutex);
+	if (stream.state == shmem::WorkerState::NeedsResync)
+		stream.state = shmem::WorkerState::Starting;
+	SpinLockRelease(&stream.mutex);
+	ConditionVariableBroadcast(&stream.confirmed_cv);
+}
+
+/* ---- what waits ---- */
+
+void
+CountOldBacklog(shmem::Stream &stream)
+{
+	uint64 transactions = 0, changes = 0, bytes = 0, oldest_bytes = 0, oldest = 0, none = 0;
+	uint32 not_counted = 0;
+	uint64 confirmed = pg_atomic_read_u64(&stream.confirmed);
+	uint64 discarded = pg_atomic_read_u64(&stream.discarded);
+
+	if (!pg_atomic_compare_exchange_u32(&stream.backlog_counted, &not_counted, 1))
+		return;
+	Guarded(
+		[&] {
+			CountBacklog(stream.id, Max(confirmed, discarded), stream.registered_after,
+						 &transactions, &changes, &bytes, &oldest, &oldest_bytes);
+		},
+		[&] { pg_atomic_write_u32(&stream.backlog_counted, 0); });
+	pg_atomic_fetch_add_u64(&stream.queued_transactions, (int64) transactions);
+	pg_atomic_fetch_add_u64(&stream.queued_changes, (int64) changes);
+	pg_atomic_fetch_add_u64(&stream.queued_bytes, (int64) bytes);
+	if (oldest != 0)
+		pg_atomic_compare_exchange_u64(&stream.oldest_ticket, &none, oldest);
+	/* The first transaction behind what was discarded is the copy of the tables. */
+	if (oldest != 0 && confirmed <= discarded && discarded != 0)
+		NoteCopy(stream, oldest, oldest_bytes);
+}
+
+void
+NoteCopy(shmem::Stream &stream, uint64 ticket, uint64 bytes)
+{
+	pg_atomic_write_u64(&stream.copy_bytes, bytes);
+	pg_write_barrier();
+	pg_atomic_write_u64(&stream.copy_ticket, ticket);
+}
+
+/* Bytes that wait for the stream, and that the limit is for. */
+static uint64
+Waiting(shmem::Stream &stream)
+{
+	uint64 waiting = pg_atomic_read_u64(&stream.queued_bytes);
+	uint64 copy = pg_atomic_read_u64(&stream.copy_ticket);
+
+	if (copy == 0 || pg_atomic_read_u64(&stream.confirmed) >= copy)
+		return waiting;
+	uint64 bytes = pg_atomic_read_u64(&stream.copy_bytes);
+
+	return waiting > bytes ? waiting - bytes : 0;
+}
+
+static uint64
+Limit()
+{
+	return (uint64) guc::max_queue_size * 1024;
+}
+
+/* With a limit that will be enforced the log warns before. */
+static uint64
+WarningLimit()
+{
+	return guc::max_queue_action == guc::QueueAction::Warn ? Limit() : Limit() / 4 * 3;
+}
+
+/* Once, and again after it was less. */
+static void
+WarnOfSize(shmem::Stream &stream, uint64 waiting)
+{
+	uint64 never = 0;
+
+	if (!pg_atomic_compare_exchange_u64(&stream.warned_at, &never, (uint64) GetCurrentTimestamp()))
+		return;
+	ereport(LOG_SERVER_ONLY,
+			(errmsg("mmrepl: %llu bytes of changes wait for stream %d",
+					(unsigned long long) waiting, stream.id),
+			 errdetail("\"mmrepl.max_queue_size\" is %d kB; %s", guc::max_queue_size,
+					   guc::max_queue_action == guc::QueueAction::Warn
+						   ? "the queue goes on growing."
+						   : "when more would wait, nothing is queued for the server until "
+							 "mmrepl.resync() copies its tables."),
+			 errhint("See mmrepl.pg_stat_mmrepl for why they are not delivered.")));
+}
+
+void
+ForgetWarning(shmem::Stream &stream)
+{
+	if (pg_atomic_read_u64(&stream.warned_at) != 0 &&
+		(guc::max_queue_size == 0 || Waiting(stream) < WarningLimit()))
+		pg_atomic_write_u64(&stream.warned_at, 0);
+}
+
+/* Bytes that the queue tables have on disk: more than all streams' payloads. */
+static uint64
+BytesOnDisk()
+{
+	uint64 blocks = 0;
+
+	for (Oid queue : catalog::GetRelations().queue)
+	{
+		Relation rel = table_open(queue, RowExclusiveLock);
+
+		blocks += RelationGetNumberOfBlocks(rel);
+		table_close(rel, NoLock);
+	}
+	return blocks * BLCKSZ;
+}
+
+/*
+ * The stream's shared slot, taken if no scout has done so, with what waited before
+ * in its count, unless a worker is about to count it; -1: there is no room for it.
+ */
+static int
+CountedSlot(int32 stream)
+{
+	catalog::StreamRow row = {};
+	int slot = SlotOf(stream);
+
+	if (slot < 0 && catalog::ReadStreamRow(stream, &row))
+		slot = TakeSlot(row);
+	if (slot < 0)
+		return -1;
+	shmem::Stream &shared = shmem::Get().streams[slot];
+
+	if (pg_atomic_read_u32(&shared.backlog_counted) == 0 && shared.worker_pid == 0)
+		CountOldBacklog(shared);
+	return slot;
+}
+
+bool
+ExceedsLimit(int32 stream, uint64 bytes)
+{
+	int slot = KnownSlot(stream);
+
+	if (guc::max_queue_size == 0)
+		return false;
+	if (slot >= 0 && pg_atomic_read_u32(&shmem::Get().streams[slot].backlog_counted))
+	{
+		if (Waiting(shmem::Get().streams[slot]) + bytes <= WarningLimit())
+			return false;
+	}
+	else if (BytesOnDisk() + bytes <= WarningLimit())
+		return false;
+	slot = CountedSlot(stream);
+	if (slot < 0) /* nobody will deliver it, and nobody counts */
+		return BytesOnDisk() + bytes > Limit() && guc::max_queue_action == guc::QueueAction::Resync;
+	uint64 waiting = Waiting(shmem::Get().streams[slot]) + bytes;
+
+	if (waiting > WarningLimit())
+		WarnOfSize(shmem::Get().streams[slot], waiting);
+	return waiting > Limit() && guc::max_queue_action == guc::QueueAction::Resync;
+}
+
+bool
+GiveUp(int32 stream, const char *server, bool wait)
+{
+	char *reason;
+
+	if (!catalog::LockStreamRow(stream, wait))
+		return false;
+	reason = psprintf("more than \"mmrepl.max_queue_size\" (%d kB) would have waited\n"
+					  "HINT:  When the server is reached again, SELECT mmrepl.resync(%s).",
+					  guc::max_queue_size, quote_literal_cstr(server));
+	if (!catalog::SetNeedsResync(stream, reason))
+		return false;
+	ereport(WARNING,
+			(errcode(ERRCODE_MMREPL_NEEDS_RESYNC),
+			 errmsg("server \"%s\" needs a resync: changes are not queued for it any more", server),
+			 errdetail("More than \"mmrepl.max_queue_size\" (%d kB) would have waited.",
+					   guc::max_queue_size),
+			 errhint("When the server is reached again, SELECT mmrepl.resync(%s).",
+					 quote_literal_cstr(server))));
+	return true;
+}
+
+} // namespace mmrepl::queue

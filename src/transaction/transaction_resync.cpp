@@ -1,0 +1,107 @@
+/*
+ * transaction_resync.cpp
+ *		Streams that need a resync: what the transaction has to do with them.
+ */
+#include "transaction_internal.hpp"
+
+#include "mmrepl/catalog.hpp"
+
+namespace mmrepl::transaction
+{
+
+void
+RefuseSync(Work *work, const Route &route)
+{
+	if (!route.sync || work->degraded)
+		return;
+	if (!route.queue_when_unreachable)
+		ereport(ERROR,
+				(errcode(ERRCODE_MMREPL_NEEDS_RESYNC),
+				 errmsg("cannot replicate synchronously to server \"%s\": it needs a resync",
+						route.server_name),
+				 errdetail("Too much was waiting for it."),
+				 errhint("SELECT mmrepl.resync(%s);", quote_literal_cstr(route.server_name))));
+	work->degraded = true;
+	ereport(NOTICE, (errmsg("server \"%s\" needs a resync: the transaction's changes for it are "
+							"not queued",
+							route.server_name)));
+}
+
+const Resync *
+CopyOf(int32 stream)
+{
+	const Resync *resync = current.resyncs;
+
+	while (resync != NULL && !(resync->copying && resync->stream == stream))
+		resync = resync->next;
+	return resync;
+}
+
+void
+FollowResyncAtCommit(int32 stream, int slot, bool copying)
+{
+	for (const Work *work = current.works; work != NULL && copying; work = work->next)
+		if (work->route.stream == stream)
+			ereport(ERROR,
+					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+					 errmsg("cannot resync in a transaction that has changed replicated tables"),
+					 errhint("Call mmrepl.resync() in a transaction of its own.")));
+	Resync *resync = (Resync *) MemoryContextAllocZero(TopTransactionContext, sizeof(Resync));
+
+	resync->stream = stream;
+	resync->slot = slot;
+	resync->epoch = shmem::Get().streams[slot].epoch;
+	resync->copying = copying;
+	resync->next = current.resyncs;
+	current.resyncs = resync;
+	WakeStreamAtEnd(slot);
+}
+
+bool
+GiveUpPart(Work *work, bool wait)
+{
+	catalog::StreamRow row = {};
+
+	bool noted = queue::GiveUp(work->route.stream, work->route.server_name, wait) &&
+				 catalog::ReadStreamRow(work->route.stream, &row);
+
+	if (!noted && !wait)
+		return false;
+	int slot = noted ? queue::TakeSlot(row) : -1;
+
+	if (slot >= 0)
+		FollowResyncAtCommit(work->route.stream, slot, false);
+	work->out.flags = queue::kHead | queue::kTombstone;
+	work->out.changes = 0;
+	work->out.place = {};
+	InContext(current.context, [&] { initStringInfo(&work->out.payload); });
+	return true;
+}
+
+/* What the rows say now is what they say at commit. */
+void
+ReadResyncs(bool prepare)
+{
+	catalog::StreamRow row = {};
+
+	if (current.resyncs != NULL && prepare)
+		ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+						errmsg("cannot PREPARE a transaction that has called mmrepl.resync()")));
+	for (Resync *resync = current.resyncs; resync != NULL; resync = resync->next)
+		resync->discarded = catalog::ReadStreamRow(resync->stream, &row) ? row.DiscardedUpTo() : 0;
+}
+
+/* Nothing here raises. */
+void
+PublishResyncs()
+{
+	for (const Resync *resync = current.resyncs; resync != NULL; resync = resync->next)
+	{
+		shmem::Stream &stream = shmem::Get().streams[resync->slot];
+
+		if (stream.epoch == resync->epoch)
+			queue::SetDiscarded(stream, resync->discarded);
+	}
+}
+
+} // namespace mmrepl::transaction
