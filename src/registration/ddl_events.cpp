@@ -325,6 +325,7 @@ SqlOnDdlEnd(FunctionCallInfo fcinfo)
 		case T_CreateUserMappingStmt:
 		case T_AlterUserMappingStmt:
 		case T_DropUserMappingStmt:
+		case T_DropOwnedStmt: /* maybe of a mapping */
 			WakeWorkers();
 			break;
 		default:

@@ -224,10 +224,7 @@ RunScout(Oid)
 		foreach(cell, catalog::AllStreams())
 		{
 			catalog::StreamRow *row = (catalog::StreamRow *) lfirst(cell);
-			int slot = shmem::RegisterStream(MyDatabaseId, row->id, row->server, row->owner,
-											 row->confirmed, row->paused);
-
-			if (slot < 0)
+			if (queue::TakeSlot(*row) < 0)
 				ereport(WARNING, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
 								  errmsg("mmrepl: stream %d cannot be served", row->id),
 								  errdetail("Its changes are queued and stay so."),
@@ -275,8 +272,12 @@ StartWorker(int slot)
 	wards[slot].handle = StartProcess(&worker);
 	MMREPL_FAULT_POINT("launcher-started");
 	wards[slot].started_at = GetCurrentTimestamp();
-	if (wards[slot].handle == NULL)
-		wards[slot].start_at = wards[slot].started_at + kMinRestart * 10;
+	if (wards[slot].handle != NULL)
+		return;
+	wards[slot].start_at = wards[slot].started_at + kMinRestart * 10;
+	stats::SetError(shmem::Get().streams[slot], ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
+					"no background worker slot is free\n"
+					"HINT:  Raise \"max_worker_processes\" and restart the server.");
 }
 
 /* Start what is missing; returns when to look again (0: at an event). */
