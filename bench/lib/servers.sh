@@ -57,11 +57,11 @@ common_settings()
 	CONF
 }
 
-# start_server NODE DIRECTORY
+# start_server NODE DIRECTORY [OPTION OF POSTGRES]
 start_server()
 {
 	local log=$BENCH_WORK/logs/$1
-	if ! pg_ctl start -s -w -t 300 -D "$2" -l "$log" -o "-p ${ports[$1]}" >/dev/null; then
+	if ! pg_ctl start -s -w -t 300 -D "$2" -l "$log" -o "-p ${ports[$1]} ${3:-}" >/dev/null; then
 		tail -n 20 "$log" >&2
 		return 1
 	fi
@@ -82,7 +82,8 @@ make_template()
 	initdb -D "$directory" -U "$PGUSER" -A password --pwfile=<(echo "$PGPASSWORD") -E UTF8 --locale=C --no-sync \
 		> "$BENCH_WORK/logs/initdb" 2>&1 || { cat "$BENCH_WORK/logs/initdb" >&2; return 1; }
 	common_settings >> "$directory/postgresql.conf"
-	start_server a "$directory"
+	# Old WAL is not kept for reuse: it would be copied with the rest.
+	start_server a "$directory" '-c wal_recycle=off'
 	query a 'CREATE DATABASE bench' postgres
 	layout_fill
 	query a 'VACUUM (ANALYZE)'
