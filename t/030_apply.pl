@@ -134,14 +134,147 @@ section 'secondary indexes follow updates' => sub {
 		'rows are found by what was updated');
 };
 
+# Inserts are written together, and the key is not looked up before: what is
+# there already is found when the index entry is made.
+section 'runs of inserts that meet rows with their keys' => sub {
+	foreach my $case (
+		[ 'apply_remote', "string_agg(v, ',' ORDER BY id)", 'alpha,alpha,alpha' ],
+		[ 'keep_local', "string_agg(v, ',' ORDER BY id)", 'beta,beta,alpha' ])
+	{
+		my ($rule, $query, $expected) = @$case;
+		my $table = "run_$rule";
+		my $before = conflicts();
+
+		$alpha->create_table_on_both($beta,
+			"CREATE TABLE $table (id int PRIMARY KEY, v text);
+			 CREATE INDEX ON $table (v)");
+		$alpha->create_pair($table, 'beta',
+			"conflict_resolution => '$rule'");
+		$beta->safe_psql('postgres',
+			"INSERT INTO $table VALUES (700, 'beta'), (2100, 'beta')");
+		$alpha->safe_psql('postgres',
+			"INSERT INTO $table SELECT i, 'alpha' FROM generate_series(1, 3000) i"
+		);
+		$alpha->wait_caught_up('beta');
+		is(conflicts() - $before, 2, "$rule: two conflicts");
+		is( $beta->safe_psql(
+				'postgres',
+				"SELECT $query FROM $table WHERE id IN (700, 2100, 2101)"),
+			$expected,
+			"$rule: what became of the rows");
+		is( $beta->safe_psql(
+				'postgres', "SET enable_seqscan = off;
+				SELECT count(*), count(DISTINCT id) FROM $table WHERE id > 0"),
+			'3000|3000',
+			"$rule: each row once");
+		is( $beta->safe_psql(
+				'postgres', "SET enable_seqscan = off;
+				SELECT count(*) FROM $table WHERE v = 'beta'"),
+			$rule eq 'keep_local' ? 2 : 0,
+			"$rule: the other index agrees");
+	}
+};
+
+section 'an insert whose key somebody is just inserting' => sub {
+	foreach my $end ('COMMIT', 'ROLLBACK')
+	{
+		my $id = $end eq 'COMMIT' ? 501 : 502;
+		my $before = conflicts();
+		my $session = $beta->session;
+
+		$session->ok('BEGIN');
+		$session->ok("INSERT INTO item VALUES ($id, 'beta')");
+		$alpha->safe_psql('postgres',
+			"INSERT INTO item SELECT i, 'alpha' FROM generate_series($id, $id + 300, 100) i"
+		);
+		await_blocked($session);
+		$session->ok($end);
+		$session->quit;
+		$alpha->wait_caught_up('beta');
+		is( $beta->safe_psql(
+				'postgres', "SELECT v FROM item WHERE id = $id"),
+			'alpha',
+			"$end: the row of alpha");
+		is(conflicts() - $before, $end eq 'COMMIT' ? 1 : 0, "$end: conflicts");
+	}
+	$alpha->same_rows($beta, 'item');
+};
+
+# Whoever looks at the table must find what came before.
+section 'collected inserts are there when triggers look' => sub {
+	$alpha->create_table_on_both($beta,
+		'CREATE TABLE note (id int PRIMARY KEY, seen int)');
+	$alpha->create_pair('note', 'beta');
+	$beta->safe_psql(
+		'postgres', q{
+		CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS $$
+		BEGIN
+			NEW.seen := (SELECT count(*) FROM public.item WHERE id > 10000);
+			RETURN NEW;
+		END $$;
+		CREATE TRIGGER look BEFORE INSERT ON note FOR EACH ROW
+			EXECUTE FUNCTION look();
+		ALTER TABLE note ENABLE ALWAYS TRIGGER look;});
+	$alpha->safe_psql(
+		'postgres', q{
+		BEGIN;
+		INSERT INTO item SELECT i, 'many' FROM generate_series(10001, 10010) i;
+		INSERT INTO note VALUES (1, 0);
+		INSERT INTO item SELECT i, 'many' FROM generate_series(10011, 10020) i;
+		INSERT INTO note VALUES (2, 0);
+		COMMIT;});
+	$alpha->wait_caught_up('beta');
+	is( $beta->safe_psql(
+			'postgres', q{SELECT string_agg(seen::text, ',' ORDER BY id) FROM note}),
+		'10,20',
+		'the trigger sees the rows that were inserted before its own');
+};
+
+# Another unique constraint could raise before the key is found to be there.
+section 'two unique constraints' => sub {
+	$alpha->create_table_on_both($beta,
+		'CREATE TABLE two (u int UNIQUE, id int PRIMARY KEY)');
+	$alpha->create_pair('two', 'beta');
+	$beta->safe_psql('postgres', 'INSERT INTO two VALUES (5, 5), (60, 61)');
+	$alpha->safe_psql('postgres', 'INSERT INTO two VALUES (5, 5)');
+	$alpha->wait_caught_up('beta');
+	pass('a row that is there in both is a conflict of the key');
+
+	$alpha->safe_psql('postgres',
+		'INSERT INTO two SELECT i * 10, i FROM generate_series(1, 6) i WHERE i <> 5');
+	$alpha->poll_state('beta', 'blocked');
+	like( $alpha->stat('beta', 'last_error'),
+		qr/duplicate key value violates unique constraint "two_u_key".*INSERT, relation "public.two", key \(6\)/s,
+		'a violation of the other one is refused, with the row');
+	$beta->safe_psql('postgres', 'DELETE FROM two WHERE id = 61');
+	$alpha->safe_psql('postgres', q{SELECT mmrepl.retry_now('beta')});
+	$alpha->wait_caught_up('beta');
+	$alpha->same_rows($beta, 'two');
+};
+
 # The table's own rules hold for what is written directly.
 section 'checks and publications at the receiver' => sub {
 	$beta->safe_psql('postgres',
 		'ALTER TABLE item ADD CONSTRAINT small CHECK (n < 1000)');
 	$alpha->safe_psql('postgres', 'UPDATE item SET n = 1000 WHERE id = 50');
 	$alpha->poll_state('beta', 'blocked');
-	like($alpha->stat('beta', 'last_error'),
-		qr/violates check constraint "small"/, 'a check refuses the update');
+	like(
+		$alpha->stat('beta', 'last_error'),
+		qr/violates check constraint "small".*UPDATE, relation "public.item", key \(50\)/s,
+		'a check refuses an update');
+	$alpha->safe_psql('postgres', 'UPDATE item SET n = 0 WHERE id = 50');
+	$alpha->safe_psql(
+		'postgres', q{SELECT mmrepl.skip('beta',
+			(SELECT min(ticket) FROM mmrepl.sync_err_rec), 'test')});
+	$alpha->wait_caught_up('beta');
+	$alpha->safe_psql('postgres',
+		q{INSERT INTO item VALUES (201, 'x', 1), (202, 'x', 1000), (203, 'x', 1)}
+	);
+	$alpha->poll_state('beta', 'blocked');
+	like(
+		$alpha->stat('beta', 'last_error'),
+		qr/violates check constraint "small".*INSERT, relation "public.item", key \(202\)/s,
+		'a check refuses an insert');
 	$beta->safe_psql('postgres', 'ALTER TABLE item DROP CONSTRAINT small');
 	$alpha->safe_psql('postgres', q{SELECT mmrepl.retry_now('beta')});
 	$alpha->wait_caught_up('beta');

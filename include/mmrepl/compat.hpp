@@ -213,6 +213,21 @@ InsertIndexEntriesOfUpdate(ResultRelInfo *info, TupleTableSlot *row, EState *est
 #endif
 }
 
+/*
+ * Index entries for a new row.  Of the unique indexes those listed do not raise
+ * but set *conflict when another row, committed or not, has the key.
+ */
+inline List *
+InsertIndexEntriesOfInsert(ResultRelInfo *info, TupleTableSlot *row, EState *estate, bool *conflict,
+						   List *reporting)
+{
+#if PG_VERSION_NUM >= 160000
+	return ExecInsertIndexTuples(info, row, estate, false, true, conflict, reporting, false);
+#else
+	return ExecInsertIndexTuples(info, row, estate, false, true, conflict, reporting);
+#endif
+}
+
 /* TRUNCATE of open relations, neither cascading nor restarting sequences (16: run as owner). */
 inline void
 TruncateRelations(List *relations, List *oids, List *logged_oids)

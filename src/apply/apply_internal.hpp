@@ -9,6 +9,7 @@
  *	 apply_value.cpp	from a change's bytes to datums
  *	 apply_find.cpp		the row that a key names, locked
  *	 apply_write.cpp	insert, update, delete and their conflicts
+ *	 apply_bulk.cpp		runs of inserts, written together
  *	 apply_truncate.cpp	truncate
  */
 #pragma once
@@ -102,6 +103,8 @@ struct Leaf
 	MemoryContext context; /* the scan's: it allocates as it goes, and outlives the row */
 };
 
+struct Bulk; /* inserts that wait to be written together (apply_bulk.cpp) */
+
 /* A relation of the change set at this node, open for the rest of the batch. */
 struct Target
 {
@@ -133,6 +136,7 @@ struct Target
 	AttrNumber *default_attnums;
 	ExprState **defaults;
 	bool volatile_defaults;
+	Bulk *bulk; /* NULL: rows of this table are inserted one by one */
 };
 
 /* Which definition of the current segment belongs to which target. */
@@ -158,7 +162,8 @@ struct Session
 	Target *targets;
 	Binding bindings[change::kSegmentRelations + 1];
 	int n_bindings;
-	List *truncated; /* relations of TRUNCATE records that wait to be done together */
+	Target *collected; /* targets with inserts that wait (apply_bulk.cpp) */
+	List *truncated;   /* relations of TRUNCATE records that wait to be done together */
 	int64 conflicts;
 	StringInfoData scratch; /* a value's bytes, for receive functions */
 
@@ -263,6 +268,21 @@ char *DescribeKey(Leaf *leaf, TupleTableSlot *row);
 /* ---- apply_write.cpp ---- */
 
 void ApplyRowChange(Session *session, const change::Change *change);
+/* Raise when the table's own checks refuse the row (leaf layout). */
+void CheckRow(Target *target, Leaf *leaf, TupleTableSlot *row);
+/* Insert target->row, in the leaf's layout `row`; a row with its key may be there. */
+void PlaceRow(Session *session, Target *target, Leaf *leaf, TupleTableSlot *row);
+
+/* ---- apply_bulk.cpp ---- */
+
+/* Decide whether inserts into the target's only leaf are collected. */
+void InitBulk(Target *target, Leaf *leaf);
+/* Insert target->row later, together with others; target->bulk must be set. */
+void Collect(Session *session, Target *target);
+/* Write what was collected for a target, for all, or what must precede a change. */
+void FlushCollected(Session *session, Target *target);
+void FlushAllCollected(Session *session);
+void FlushBefore(Session *session, Target *target, change::Kind kind, bool observed);
 
 /* ---- apply_truncate.cpp ---- */
 

@@ -452,7 +452,7 @@ InitTarget(Session *session, Target *target, const change::Relation *relation)
 		return;
 	}
 	ExecOpenIndices(target->info, false);
-	MakeLeaf(target, target->info);
+	InitBulk(target, MakeLeaf(target, target->info));
 }
 
 /* Find, check and open the relation; memory is the session's. */
@@ -533,10 +533,11 @@ CloseTarget(Target *target)
 	FreeExecutorState(estate);
 }
 
-/* Every target; the next change opens its own again. */
+/* Every target, with everything written; the next change opens its own again. */
 void
 CloseTargets(Session *session)
 {
+	FlushAllCollected(session);
 	for (Target *target = session->targets; target != NULL; target = target->next)
 		CloseTarget(target);
 	session->targets = NULL;

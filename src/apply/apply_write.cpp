@@ -198,6 +198,17 @@ Written(TM_Result result)
 	return false;
 }
 
+void
+CheckRow(Target *target, Leaf *leaf, TupleTableSlot *row)
+{
+	Relation rel = leaf->info->ri_RelationDesc;
+
+	if (rel->rd_att->constr)
+		ExecConstraints(leaf->info, row, target->estate);
+	if (rel->rd_rel->relispartition)
+		ExecPartitionCheck(leaf->info, row, target->estate, true);
+}
+
 /* A new version of the row in leaf->found, and its index entries; see Written(). */
 static bool
 WriteUpdate(Target *target, Leaf *leaf, TupleTableSlot *row)
@@ -207,10 +218,7 @@ WriteUpdate(Target *target, Leaf *leaf, TupleTableSlot *row)
 	TM_FailureData failure;
 	LockTupleMode mode;
 
-	if (rel->rd_att->constr)
-		ExecConstraints(leaf->info, row, target->estate);
-	if (rel->rd_rel->relispartition)
-		ExecPartitionCheck(leaf->info, row, target->estate, true);
+	CheckRow(target, leaf, row);
 	TM_Result result =
 		table_tuple_update(rel, &leaf->found->tts_tid, row, target->estate->es_output_cid,
 						   InvalidSnapshot, InvalidSnapshot, true, &failure, &mode, &indexes);
@@ -322,14 +330,9 @@ DeleteRow(Target *target, Leaf *leaf, TupleTableSlot *search)
 
 /* ---- changes ---- */
 
-/* Insert target->row; a row with its key may be there. */
-static void
-InsertRow(Session *session, Target *target)
+void
+PlaceRow(Session *session, Target *target, Leaf *leaf, TupleTableSlot *row)
 {
-	FillDefaults(target);
-	Leaf *leaf = Route(target, target->row);
-	TupleTableSlot *row = ToLeaf(leaf, target->row);
-
 	if (!FindRow(leaf, row, LockTupleNoKeyExclusive))
 	{
 		InsertNew(session, target, leaf, row);
@@ -340,6 +343,21 @@ InsertRow(Session *session, Target *target)
 		CheckOnce(session, target, ACL_UPDATE);
 		(void) UpdateFound(target, leaf, true);
 	}
+}
+
+/* Insert target->row, now or later. */
+static void
+InsertRow(Session *session, Target *target)
+{
+	FillDefaults(target);
+	if (target->bulk != NULL)
+	{
+		Collect(session, target);
+		return;
+	}
+	Leaf *leaf = Route(target, target->row);
+
+	PlaceRow(session, target, leaf, ToLeaf(leaf, target->row));
 }
 
 /* Found by the old key where the key changes, else by the key in the new row. */
@@ -454,6 +472,9 @@ ApplyRowChange(Session *session, const change::Change *change)
 	session->schema = target->schema;
 	session->table = target->table;
 	CheckOnce(session, target, NeededPrivilege(change->kind));
+	if (session->collected != NULL)
+		FlushBefore(session, target, change->kind,
+					MayQueueTriggers(target) || IsObserved(target));
 	ResetPerTupleExprContext(target->estate);
 	BecomeOwner(session, target->owner, target->trusted);
 	InContext(GetPerTupleMemoryContext(target->estate), [&] {
