@@ -154,9 +154,8 @@ static void
 TakeBack(Target *target, TupleTableSlot *slot)
 {
 	TM_FailureData failure;
-	TM_Result result =
-		table_tuple_delete(target->rel, &slot->tts_tid, GetCurrentCommandId(true), InvalidSnapshot,
-						   InvalidSnapshot, true, &failure, false);
+	TM_Result result = table_tuple_delete(target->rel, &slot->tts_tid, GetCurrentCommandId(true),
+										  InvalidSnapshot, InvalidSnapshot, true, &failure, false);
 
 	MmreplEnsure(result == TM_Ok, "unexpected status %d of a row just inserted", (int) result);
 }

@@ -473,8 +473,7 @@ ApplyRowChange(Session *session, const change::Change *change)
 	session->table = target->table;
 	CheckOnce(session, target, NeededPrivilege(change->kind));
 	if (session->collected != NULL)
-		FlushBefore(session, target, change->kind,
-					MayQueueTriggers(target) || IsObserved(target));
+		FlushBefore(session, target, change->kind, MayQueueTriggers(target) || IsObserved(target));
 	ResetPerTupleExprContext(target->estate);
 	BecomeOwner(session, target->owner, target->trusted);
 	InContext(GetPerTupleMemoryContext(target->estate), [&] {
