@@ -176,8 +176,8 @@ bool RewindSurvey(Survey *survey, uint64 after);
 bool FindHead(int32 stream, uint64 ticket, Ref *ref);
 
 /*
- * The tickets of committed transactions of the stream by their xids, in one
- * reading of the tables: tickets[i] belongs to xids[i], 0 where there is no head.
+ * The tickets of committed two-phase transactions of the stream by their xids, in
+ * one reading of the tables: tickets[i] belongs to xids[i], 0: it has no head.
  */
 void FindHeads(int32 stream, const uint64 *xids, int count, uint64 *tickets);
 

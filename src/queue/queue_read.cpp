@@ -67,7 +67,7 @@ FindHeads(int32 stream, const uint64 *xids, int count, uint64 *tickets)
 	memset(tickets, 0, sizeof(uint64) * count);
 	WithLatestSnapshot([&] {
 		ScanQueue([&](uint32, const Row &row, const ItemPointerData &) {
-			if (row.stream != stream || !(row.flags & kHead))
+			if (row.stream != stream || !(row.flags & kTwoPhase))
 				return;
 			for (int i = 0; i < count; i++)
 				if (xids[i] == row.xid)

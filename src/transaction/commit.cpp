@@ -195,12 +195,16 @@ CountSync(const Work *work, bool delivered)
 	pg_atomic_fetch_add_u64(delivered ? &counters.sync_transactions : &counters.sync_failures, 1);
 }
 
-/* A prepared transaction may be left at the peer: the worker looks, before it goes on. */
+/*
+ * A prepared transaction may be left at the peer: the worker looks.  Not before
+ * the ticket is settled: until then it would leave ours alone.
+ */
 static void
-CallRecovery(const Work *work)
+CallRecovery()
 {
-	if (work->out.slot >= 0)
-		shmem::RequestRecovery(shmem::Get().streams[work->out.slot]);
+	for (Work *work = current.works; work != NULL; work = work->next)
+		if (work->recover && work->out.slot >= 0)
+			shmem::RequestRecovery(shmem::Get().streams[work->out.slot]);
 }
 
 /* Commit at the peer; the fate tells whether the worker has anything left to do. */
@@ -217,8 +221,7 @@ EndInline(Work *work)
 	MMREPL_CRASH_POINT("commit-before-peer");
 	bool delivered = sync::Commit(work->inlined);
 
-	if (!delivered && (work->out.flags & queue::kTwoPhase))
-		CallRecovery(work);
+	work->recover = !delivered && (work->out.flags & queue::kTwoPhase);
 	MMREPL_CRASH_POINT("commit-after-peer");
 	CountSync(work, delivered);
 	return delivered ? queue::Fate::Delivered : queue::Fate::Committed;
@@ -233,14 +236,15 @@ SettleAll(queue::Fate fate)
 
 		if (fate == queue::Fate::Committed)
 			own = EndInline(work);
-		else if (work->inlined != NULL && !sync::Abort(work->inlined))
-			CallRecovery(work);
+		else if (work->inlined != NULL)
+			work->recover = !sync::Abort(work->inlined);
 		if (current.ticket != 0 && (work->changes > 0 || work->too_large))
 			queue::Settle(&work->out, current.ticket, own);
 	}
 	MMREPL_CRASH_POINT("commit-entries-settled");
 	if (current.ticket != 0)
 		queue::SettleTicket(current.parts, current.n_parts);
+	CallRecovery();
 }
 
 /* Whom to wake when the transaction has released everything. */

@@ -41,6 +41,7 @@ struct Work
 	bool degraded;		 /* was sync; the peer could not be reached: queued */
 	int64 unsent;		 /* changes not yet sent inline */
 	sync::Work *inlined; /* NULL until the first flush */
+	bool recover;		 /* something may be left prepared at the peer */
 };
 
 struct PairCount
