@@ -152,6 +152,14 @@ bool WasLost(const PGconn *conn, const PGresult *res);
  */
 bool ExecQuietly(PGconn *conn, const char *sql, int timeout_ms);
 
+/*
+ * The halves of it, so that several peers work at the same time: send, and wait
+ * until `until`, a time of QuietDeadline(); with the same sql.
+ */
+int64 QuietDeadline(int timeout_ms);
+bool SendQuietly(PGconn *conn, const char *sql);
+bool FinishQuietly(PGconn *conn, const char *sql, int64 until);
+
 /* Ask the peer to cancel what runs on the connection; bounded, no ereport. */
 void Cancel(PGconn *conn);
 

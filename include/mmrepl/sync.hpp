@@ -43,6 +43,7 @@ struct Work
 	uint64 serial;	   /* the connection's, to notice that it was replaced */
 	Phase phase;
 	char gid[kGidLength]; /* set before it is prepared */
+	int64 commit_until;	  /* BeginCommit() has sent it; until when to wait; 0: it has not */
 };
 
 /* palloc'd in TopTransactionContext. */
@@ -90,9 +91,11 @@ bool EndsInTwoPhases(Work *work);
 void Prepare(Work *const *works, int count, uint64 xid);
 
 /*
- * From the COMMIT callback: COMMIT or COMMIT PREPARED at the peer, bounded,
- * quiet.  True when confirmed.
+ * From the COMMIT callback: COMMIT or COMMIT PREPARED at the peer, quiet.  First
+ * it is sent to every peer, then each answer is awaited, all of them within one
+ * bound.  True when confirmed.
  */
+void BeginCommit(Work *work);
 bool Commit(Work *work);
 
 /*

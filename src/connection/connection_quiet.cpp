@@ -217,13 +217,34 @@ SendCancel(PGconn *conn, int64 until)
 
 } // namespace
 
+/* That many milliseconds from now, by a clock that nobody sets. */
+int64
+QuietDeadline(int timeout_ms)
+{
+	return MonotonicMs() + timeout_ms;
+}
+
+/* Send one simple command, or several; what the socket does not take, FinishQuietly() sends. */
+bool
+SendQuietly(PGconn *conn, const char *sql)
+{
+	return Hushed([&] { return PQsendQuery(conn, sql) == 1 && PQflush(conn) >= 0; });
+}
+
+/* Wait for the end of what was sent; true when the peer confirmed it. */
+bool
+FinishQuietly(PGconn *conn, const char *sql, int64 until)
+{
+	return Hushed([&] { return Confirmed(conn, sql, until); });
+}
+
 /* Run one simple command (or several) in at most timeout_ms; true when the peer confirmed it. */
 bool
 ExecQuietly(PGconn *conn, const char *sql, int timeout_ms)
 {
-	return Hushed([&] {
-		return PQsendQuery(conn, sql) == 1 && Confirmed(conn, sql, MonotonicMs() + timeout_ms);
-	});
+	int64 until = QuietDeadline(timeout_ms);
+
+	return SendQuietly(conn, sql) && FinishQuietly(conn, sql, until);
 }
 
 /*

@@ -62,6 +62,7 @@ Reset(Work *work)
 	work->parts = 0;
 	work->serial = 0;
 	work->phase = Phase::Open;
+	work->commit_until = 0;
 }
 
 /*
@@ -143,23 +144,45 @@ CanEnd(const Work *work)
 		   PQtransactionStatus(work->conn) == expected;
 }
 
+/* What commits the work at the peer. */
+static void
+CommandToCommit(const Work *work, char *sql, size_t size)
+{
+	if (work->phase == Phase::Prepared)
+		snprintf(sql, size, "COMMIT PREPARED '%s'", work->gid);
+	else
+		strlcpy(sql, "COMMIT", size);
+}
+
+/* Tell the peer to commit. */
+void
+BeginCommit(Work *work)
+{
+	char sql[kGidLength + 32];
+
+	if (!CanEnd(work))
+		return;
+	CommandToCommit(work, sql, sizeof(sql));
+	if (connection::SendQuietly(work->conn, sql))
+		work->commit_until = connection::QuietDeadline(QuietTimeout());
+}
+
 /*
- * COMMIT or COMMIT PREPARED at the peer; true when it was confirmed.  Anything
- * else leaves it in doubt, and the worker completes it.  A slow COMMIT is not
- * cancelled: it may be waiting for a standby of the peer, which it would then
- * not do any more.
+ * Wait for the peer's answer to BeginCommit(); true when it was confirmed.
+ * Anything else leaves it in doubt, and the worker completes it.  A slow COMMIT
+ * is not cancelled: it may be waiting for a standby of the peer, which it would
+ * then not do any more.
  */
 bool
 Commit(Work *work)
 {
-	char sql[kGidLength + 32] = "COMMIT";
+	char sql[kGidLength + 32];
 
+	CommandToCommit(work, sql, sizeof(sql));
 	if (work->phase == Phase::Prepared)
-	{
-		snprintf(sql, sizeof(sql), "COMMIT PREPARED '%s'", work->gid);
 		MMREPL_CRASH_POINT("two-phase-committing");
-	}
-	if (!CanEnd(work) || !connection::ExecQuietly(work->conn, sql, QuietTimeout()))
+	if (work->commit_until == 0 ||
+		!connection::FinishQuietly(work->conn, sql, work->commit_until))
 	{
 		Drop(work, work->parts);
 		return false;

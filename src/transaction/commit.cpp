@@ -227,9 +227,21 @@ EndInline(Work *work)
 	return delivered ? queue::Fate::Delivered : queue::Fate::Committed;
 }
 
+/* Tell every peer to commit, before any answer is awaited. */
+static void
+BeginInlineEnds()
+{
+	MMREPL_CRASH_POINT("commit-before-peers");
+	for (Work *work = current.works; work != NULL; work = work->next)
+		if (work->inlined != NULL && work->inlined->begun && work->changes > 0)
+			sync::BeginCommit(work->inlined);
+}
+
 static void
 SettleAll(queue::Fate fate)
 {
+	if (fate == queue::Fate::Committed)
+		BeginInlineEnds();
 	for (Work *work = current.works; work != NULL; work = work->next)
 	{
 		queue::Fate own = fate;
