@@ -181,8 +181,7 @@ Commit(Work *work)
 	CommandToCommit(work, sql, sizeof(sql));
 	if (work->phase == Phase::Prepared)
 		MMREPL_CRASH_POINT("two-phase-committing");
-	if (work->commit_until == 0 ||
-		!connection::FinishQuietly(work->conn, sql, work->commit_until))
+	if (work->commit_until == 0 || !connection::FinishQuietly(work->conn, sql, work->commit_until))
 	{
 		Drop(work, work->parts);
 		return false;

@@ -103,7 +103,7 @@ Warn(const RecoveryPlace &place, const sync::PreparedThere &prepared,
 						prepared.gid, place.server),
 				 errdetail("Nothing here tells whether the transaction was committed: this "
 						   "database was restored from an older state, or its queued changes "
-						   "were dropped by skip()."),
+						   "were dropped."),
 				 errhint("Compare the tables; then, at the peer, COMMIT PREPARED or ROLLBACK "
 						 "PREPARED '%s'.",
 						 prepared.gid)));
