@@ -326,6 +326,10 @@ section 'nobody guesses' => sub {
 	$alpha->wait_for_log(qr/WARNING:  mmrepl: prepared transaction "mmrepl_\S+" at server "beta" cannot be ended/,
 		$log);
 	is(there($prepared), '2', 'they are left alone');
+	like(
+		$alpha->fails('postgres', q{BEGIN; DELETE FROM mmrepl.pair; DROP USER MAPPING FOR CURRENT_USER SERVER beta; DROP SERVER beta}),
+		qr/DETAIL:\s+Transactions of this database that are prepared there: 2/,
+		'the server is not dropped as long as they are there');
 	there("ROLLBACK PREPARED '$_'")
 	  foreach (split /\n/, there(q{SELECT gid FROM pg_prepared_xacts}));
 	settled();

@@ -103,13 +103,28 @@ RemovePairOfServer(const PairRow &row, const Node *command)
 	RemovePair(row);
 }
 
+/* Our prepared transactions that the worker last found at the stream's peer and left there. */
+int
+PreparedThere(int32 stream)
+{
+	int slot = shmem::Ready() ? shmem::FindStream(MyDatabaseId, stream) : -1;
+
+	return slot < 0 ? 0 : shmem::Get().streams[slot].n_leftovers;
+}
+
 /* The stream goes, and with it what is queued: only when the user said CASCADE. */
 void
 RemoveStream(const catalog::StreamRow *stream, bool restricted)
 {
 	const char *server = NameStr(stream->server_name);
 	uint64 queued = QueuedTransactions(stream->id);
+	int prepared = PreparedThere(stream->id);
 
+	if (prepared > 0 && restricted)
+		RefuseDrop(server,
+				   psprintf("Transactions of this database that are prepared there: %d.", prepared),
+				   "They are ended by the worker: see mmrepl.in_doubt. DROP SERVER ... CASCADE "
+				   "leaves them there.");
 	if (queued > 0 && restricted)
 		RefuseDrop(server,
 				   psprintf("Transactions that are queued for it: " UINT64_FORMAT ".", queued),

@@ -248,6 +248,28 @@ LookOver(Session *session, PGconn *conn, connection::Failure *failure)
 	return true;
 }
 
+/* Whether the peer answered, and would not let us look. */
+static bool
+IsRefusal(PGconn *conn, const connection::Failure &failure)
+{
+	return failure.sqlstate != ERRCODE_MMREPL_SYNC_TIMEOUT && !connection::WasLost(conn, NULL);
+}
+
+/* A look that failed keeps nobody from delivering; the log is told once. */
+static bool
+LookLater(Session *session, const connection::Failure &failure)
+{
+	stats::SetError(*session->shared, failure.sqlstate, failure.message);
+	if (session->warned_xid != PG_UINT64_MAX)
+		ereport(WARNING,
+				(errcode(failure.sqlstate),
+				 errmsg("mmrepl: prepared transactions at server \"%s\" cannot be looked for: %s",
+						session->target->server_name, failure.message)));
+	session->warned_xid = PG_UINT64_MAX;
+	PlanRecovery(session, {{}, 0, true, false});
+	return true;
+}
+
 /*
  * Look over a connection of its own: batches are on their way over the worker's,
  * and they may be waiting for what is prepared.  A failure is tried again.
@@ -263,10 +285,8 @@ LookBeside(Session *session)
 	if (conn != NULL)
 		Ensured([&] { done = LookOver(session, conn, &failure); },
 				[&] { connection::Close(conn); });
-	if (done)
-		return;
-	stats::SetError(*session->shared, failure.sqlstate, failure.message);
-	PlanRecovery(session, {{}, 0, true, false});
+	if (!done)
+		(void) LookLater(session, failure);
 }
 
 void
@@ -283,10 +303,12 @@ Resolve(Session *session)
 		return;
 	}
 	bool pipeline = PQpipelineStatus(session->conn) != PQ_PIPELINE_OFF;
+	bool done = (!pipeline || PQexitPipelineMode(session->conn)) &&
+				LookOver(session, session->conn, &failure);
 
-	if ((pipeline && !PQexitPipelineMode(session->conn)) ||
-		!LookOver(session, session->conn, &failure) ||
-		(pipeline && !PQenterPipelineMode(session->conn)))
+	if (!done && failure.message != NULL && IsRefusal(session->conn, failure))
+		done = LookLater(session, failure);
+	if (!done || (pipeline && !PQenterPipelineMode(session->conn)))
 	{
 		if (failure.message == NULL)
 			connection::Describe(session->conn, NULL, &failure);
