@@ -294,4 +294,104 @@ section 'checks and publications at the receiver' => sub {
 	$alpha->same_rows($beta, 'item');
 };
 
+# What is known of a table is kept from batch to batch: whatever changes it is
+# followed by the very next one.  The apply session must be the same all the time.
+section 'changes to a table between two batches' => sub {
+	my $session = q{SELECT pid FROM pg_stat_activity
+		WHERE client_addr IS NOT NULL AND query LIKE '%mmrepl.apply%'};
+
+	$alpha->create_table_on_both($beta,
+		'CREATE TABLE shape (id int PRIMARY KEY, v text)');
+	$alpha->create_pair('shape', 'beta');
+	$alpha->safe_psql('postgres',
+		q{INSERT INTO shape SELECT i, 'a' FROM generate_series(1, 10) i});
+	$alpha->wait_caught_up('beta');
+	my $pid = $beta->safe_psql('postgres', $session);
+
+	foreach my $case (
+		[ 'an index', 'CREATE INDEX shape_v ON shape (v)' ],
+		[ 'a column', 'ALTER TABLE shape ADD w int DEFAULT 7' ],
+		[ 'a rewrite', 'ALTER TABLE shape ALTER w TYPE bigint' ],
+		[ 'another table',
+			'ALTER TABLE shape RENAME TO old;
+			CREATE TABLE shape (LIKE old INCLUDING ALL);
+			INSERT INTO shape SELECT * FROM old; DROP TABLE old' ],
+		[ 'a trigger', q{
+			CREATE FUNCTION stamp() RETURNS trigger LANGUAGE plpgsql AS
+				'BEGIN NEW.w := 8; RETURN NEW; END';
+			CREATE TRIGGER stamp BEFORE UPDATE ON shape FOR EACH ROW
+				EXECUTE FUNCTION stamp();
+			ALTER TABLE shape ENABLE ALWAYS TRIGGER stamp} ],
+		[ 'its removal', 'DROP TRIGGER stamp ON shape;
+			ALTER TABLE shape DROP w' ])
+	{
+		my ($name, $ddl) = @$case;
+
+		$beta->safe_psql('postgres', $ddl);
+		$alpha->safe_psql('postgres',
+			"UPDATE shape SET v = '$name' WHERE id = 3;
+			 DELETE FROM shape WHERE id = 4;
+			 INSERT INTO shape VALUES (4, '$name')");
+		$alpha->wait_caught_up('beta');
+		is( $beta->safe_psql(
+				'postgres',
+				"SELECT count(*) FROM shape WHERE v = '$name'"),
+			2,
+			"$name: the rows are there");
+		is( $beta->safe_psql(
+				'postgres',
+				"SET enable_seqscan = off;
+				 SELECT count(*) FROM shape WHERE v = '$name'"),
+			2,
+			"$name: and in the indexes");
+		is($beta->safe_psql('postgres',
+				'SELECT w FROM shape WHERE id = 3'), 8, 'the trigger has fired')
+		  if $name eq 'a trigger';
+	}
+	is($beta->safe_psql('postgres', $session), $pid, 'in the same session');
+
+	# An index that somebody builds while a batch is running is not forgotten.
+	my $blocker = $beta->session;
+	my $builder = $beta->session;
+
+	$blocker->ok('BEGIN');
+	$blocker->ok('SELECT 1 FROM item WHERE id = 70 FOR UPDATE');
+	$alpha->safe_psql(
+		'postgres', q{
+		BEGIN;
+		UPDATE shape SET v = 'before' WHERE id = 5;
+		UPDATE item SET v = 'x' WHERE id = 70;
+		COMMIT});
+	await_blocked($blocker);
+	$builder->start('CREATE INDEX CONCURRENTLY shape_id_v ON shape (id, v)');
+	ok( $beta->poll_query_until(
+			'postgres', q{SELECT count(*) > 0 FROM pg_class c
+			JOIN pg_locks l ON NOT l.granted WHERE c.relname = 'shape_id_v'}),
+		'the builder waits for apply');
+	$blocker->ok('COMMIT');
+	$builder->finish;
+	$alpha->safe_psql('postgres',
+		q{UPDATE shape SET v = 'after' WHERE id BETWEEN 5 AND 6});
+	$alpha->wait_caught_up('beta');
+	$beta->safe_psql('postgres', 'CREATE EXTENSION amcheck');
+	is( $beta->safe_psql(
+			'postgres', q{SELECT bt_index_check(i.indexrelid, true)
+			FROM pg_index i WHERE i.indrelid = 'shape'::regclass}),
+		"\n\n",
+		'every row is in every index');
+	is( $beta->safe_psql(
+			'postgres', q{SELECT count(*) FROM pg_index
+			WHERE indrelid = 'shape'::regclass AND indisvalid}),
+		3,
+		'of which there are three');
+	$_->quit foreach $blocker, $builder;
+
+	# Rights are asked for in each batch.
+	$beta->safe_psql('postgres',
+		'CREATE ROLE other; ALTER TABLE shape OWNER TO other');
+	$alpha->safe_psql('postgres', q{UPDATE shape SET v = 'owner' WHERE id = 7});
+	$alpha->wait_caught_up('beta');
+	$alpha->same_rows($beta, 'shape');
+};
+
 done_testing();

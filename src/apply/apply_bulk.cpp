@@ -76,7 +76,8 @@ NextSlot(Target *target)
 
 	if (bulk->count == bulk->n_slots)
 		bulk->slots[bulk->n_slots++] = InContext(target->estate->es_query_cxt, [&] {
-			return table_slot_create(target->rel, &target->estate->es_tupleTable);
+			return ExecInitExtraTupleSlot(target->estate, target->desc,
+										  table_slot_callbacks(target->rel));
 		});
 	return bulk->slots[bulk->count];
 }

@@ -73,14 +73,38 @@ ChooseKeyIndex(Relation rel, const AttrNumber *attnums, int count)
 	return best;
 }
 
+/* The scan allocates where the leaf lives. */
+void
+OpenSearch(Leaf *leaf, Oid index_oid)
+{
+	leaf->index = index_open(index_oid, RowExclusiveLock);
+	leaf->scan = InContext(leaf->context, [&] {
+		return BeginIndexScan(leaf->info->ri_RelationDesc, leaf->index, &leaf->dirty,
+							  IndexRelationGetNumberOfKeyAttributes(leaf->index));
+	});
+}
+
+/* The lock stays. */
+void
+CloseSearch(Leaf *leaf)
+{
+	index_endscan(leaf->scan);
+	index_close(leaf->index, NoLock);
+	leaf->scan = NULL;
+	leaf->index = NULL;
+}
+
 /* Prepare the leaf's search; in the executor's context, where it stays. */
 void
 InitSearch(Leaf *leaf, Oid index_oid)
 {
-	Relation index = index_open(index_oid, RowExclusiveLock);
+	leaf->context = CurrentMemoryContext;
+	InitDirtySnapshot(leaf->dirty);
+	OpenSearch(leaf, index_oid);
+
+	Relation index = leaf->index;
 	int n_keys = IndexRelationGetNumberOfKeyAttributes(index);
 
-	leaf->index = index;
 	leaf->n_keys = n_keys;
 	leaf->keys = (ScanKeyData *) palloc0(sizeof(ScanKeyData) * n_keys);
 	leaf->key_attnums = (AttrNumber *) palloc(sizeof(AttrNumber) * n_keys);
@@ -95,9 +119,6 @@ InitSearch(Leaf *leaf, Oid index_oid)
 		ScanKeyEntryInitialize(&leaf->keys[i], 0, i + 1, BTEqualStrategyNumber, InvalidOid,
 							   index->rd_indcollation[i], get_opcode(equal), (Datum) 0);
 	}
-	leaf->context = CurrentMemoryContext;
-	InitDirtySnapshot(leaf->dirty);
-	leaf->scan = BeginIndexScan(leaf->info->ri_RelationDesc, index, &leaf->dirty, n_keys);
 }
 
 /* ---- the search ---- */

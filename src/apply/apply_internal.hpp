@@ -6,6 +6,7 @@
  *	 apply_context.cpp	what error messages add, and the one error that is changed
  *	 apply_progress.cpp	watermark rows and markers
  *	 apply_target.cpp	a table that is written, opened once a batch
+ *	 apply_keep.cpp		what is kept of it for the next batch
  *	 apply_value.cpp	from a change's bytes to datums
  *	 apply_find.cpp		the row that a key names, locked
  *	 apply_write.cpp	insert, update, delete and their conflicts
@@ -95,6 +96,7 @@ struct Leaf
 	TupleTableSlot *found;		/* the existing row, locked */
 	TupleTableSlot *found_root; /* ... in the root's layout */
 	Relation index;				/* over exactly the key columns, unique */
+	Oid index_oid;				/* while it is closed (apply_keep.cpp) */
 	int n_keys;
 	ScanKeyData *keys;
 	AttrNumber *key_attnums; /* in the index' order */
@@ -105,12 +107,23 @@ struct Leaf
 
 struct Bulk; /* inserts that wait to be written together (apply_bulk.cpp) */
 
-/* A relation of the change set at this node, open for the rest of the batch. */
+/*
+ * A relation of the change set at this node, open for the rest of the batch; of
+ * simple tables everything but the open relations is kept for the next one.
+ */
 struct Target
 {
 	Target *next;
-	const char *raw; /* the definition it was made from */
+	MemoryContext context; /* everything of it */
+	const char *raw;	   /* the definition it was made from */
 	uint32 raw_length;
+	int encoding; /* of its names */
+	Oid relid;
+	bool simple;	  /* may be kept: nothing but the relation's own entry decides about it */
+	bool stale;		  /* that entry has changed since (only while it is kept) */
+	uint64 changes;	  /* RelationChanges() before the relation was opened */
+	bool text_format; /* a column needs the settings of text forms */
+	TupleDesc desc;	  /* of the slots */
 	const char *schema; /* in this database's encoding */
 	const char *table;
 	Relation rel;
@@ -122,6 +135,7 @@ struct Target
 	EState *estate;
 	EPQState epq;
 	ResultRelInfo *info;
+	Oid *index_oids;		   /* of info, while they are closed (apply_keep.cpp) */
 	Leaf *leaves;			   /* last used first */
 	ModifyTableState *mtstate; /* partitioned only */
 	PartitionTupleRouting *proute;
@@ -231,6 +245,8 @@ Relation OpenRelation(const Session *session, const char *schema, const char *ta
 void CheckPrivilege(const Session *session, Relation rel, AclMode mode);
 Target *TargetOf(Session *session, const change::Relation *relation);
 void CloseTargets(Session *session);
+/* Owner and rights of target->rel, which was opened just now. */
+void AdoptRelation(Session *session, Target *target);
 /* The leaf that holds, or would hold, the row (root layout). */
 Leaf *Route(Target *target, TupleTableSlot *row);
 /* The row in the leaf's layout. */
@@ -238,12 +254,26 @@ TupleTableSlot *ToLeaf(Leaf *leaf, TupleTableSlot *row);
 /* The leaf's existing row in the root's layout. */
 TupleTableSlot *FoundInRoot(Leaf *leaf);
 
+/* ---- apply_keep.cpp ---- */
+
+/* Decide whether the target may be kept. */
+void JudgeKeeping(Target *target);
+/* A kept target of the same definition, open again, or NULL. */
+Target *Reopen(Session *session, const change::Relation *relation);
+/* Close the relations and keep the rest, if that is allowed. */
+bool MayKeep(const Target *target);
+void Keep(Target *target);
+/* Grows when this process learns of a change to a relation's definition. */
+uint64 RelationChanges();
+
 /* ---- apply_value.cpp ---- */
 
 /* A name or other text of the sender in this database's encoding, checked. */
 char *ToServer(const Session *session, const char *bytes, uint32 length);
-void InitField(Session *session, Field *field, const change::Column *column,
-			   Form_pg_attribute attribute);
+/* Returns whether the settings of text forms are needed; see NeedTextFormat(). */
+bool InitField(Field *field, const change::Column *column, Form_pg_attribute attribute);
+/* The settings of text forms hold until the end of the call. */
+void NeedTextFormat(Session *session);
 /* Fill target->row from the change's row: all fields, defaults for the rest. */
 void ReadRow(Session *session, Target *target, const change::Change *change);
 void FillDefaults(Target *target);
@@ -256,6 +286,9 @@ void KeyOfRow(Target *target);
 /* The best unique index over exactly these columns, or InvalidOid. */
 Oid ChooseKeyIndex(Relation rel, const AttrNumber *attnums, int count);
 void InitSearch(Leaf *leaf, Oid index);
+/* The search's relations and its scan, for the time of a batch; closed by CloseSearch(). */
+void OpenSearch(Leaf *leaf, Oid index);
+void CloseSearch(Leaf *leaf);
 /* Find the row with the key of `search` (leaf layout) into leaf->found and lock it. */
 bool FindRow(Leaf *leaf, TupleTableSlot *search, LockTupleMode mode);
 /* The same without the lock, for WriteUpdate() and WriteDelete(). */

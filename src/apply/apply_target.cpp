@@ -124,7 +124,8 @@ MapColumns(Session *session, Target *target, const change::Relation *relation)
 		if (bms_is_member(attnum, seen))
 			Malformed("A relation names a column twice.");
 		seen = bms_add_member(seen, attnum);
-		InitField(session, &target->fields[i], column, TupleDescAttr(desc, attnum - 1));
+		target->text_format |=
+			InitField(&target->fields[i], column, TupleDescAttr(desc, attnum - 1));
 		if (column->key)
 			target->key_attnums[target->n_keys++] = attnum;
 	}
@@ -343,7 +344,9 @@ MakeLeaf(Target *target, ResultRelInfo *info)
 		leaf->found_root =
 			ExecInitExtraTupleSlot(estate, RelationGetDescr(target->rel), &TTSOpsVirtual);
 	}
-	leaf->found = table_slot_create(rel, &estate->es_tupleTable);
+	leaf->found = info == target->info
+					  ? ExecInitExtraTupleSlot(estate, target->desc, table_slot_callbacks(rel))
+					  : table_slot_create(rel, &estate->es_tupleTable);
 	InitSearch(leaf, RequireKeyIndex(rel, LeafKey(target, leaf), target->n_keys));
 	leaf->next = target->leaves;
 	target->leaves = leaf;
@@ -422,7 +425,7 @@ static void
 InitExecutor(Target *target)
 {
 	EState *estate = target->estate;
-	TupleDesc desc = RelationGetDescr(target->rel);
+	TupleDesc desc = target->desc = CreateTupleDescCopyConstr(RelationGetDescr(target->rel));
 
 	InitTargetRangeTable(estate, target->rel, AssignedColumns(target));
 	target->info = makeNode(ResultRelInfo);
@@ -453,29 +456,52 @@ InitTarget(Session *session, Target *target, const change::Relation *relation)
 	}
 	ExecOpenIndices(target->info, false);
 	InitBulk(target, MakeLeaf(target, target->info));
+	JudgeKeeping(target);
 }
 
-/* Find, check and open the relation; memory is the session's. */
+/* Who owns the relation that was opened, and where messages say it is. */
+void
+AdoptRelation(Session *session, Target *target)
+{
+	target->relid = RelationGetRelid(target->rel);
+	target->owner = target->rel->rd_rel->relowner;
+	target->trusted = IsTrusted(session, target->owner);
+	target->checked = 0;
+}
+
+/* Find, check and open the relation; memory is the target's own. */
 static Target *
 OpenTarget(Session *session, const change::Relation *relation)
 {
 	Target *target = (Target *) palloc0(sizeof(Target));
 
-	target->raw = relation->raw;
+	target->context = CurrentMemoryContext;
+	target->changes = RelationChanges();
+	target->raw = (char *) memcpy(palloc(relation->raw_length), relation->raw, relation->raw_length);
 	target->raw_length = relation->raw_length;
+	target->encoding = session->header.encoding;
 	target->rule = relation->conflict;
 	session->schema = target->schema =
 		ToServer(session, relation->remote_schema, strlen(relation->remote_schema));
 	session->table = target->table =
 		ToServer(session, relation->remote_table, strlen(relation->remote_table));
 	target->rel = OpenRelation(session, target->schema, target->table, RowExclusiveLock);
-	target->owner = target->rel->rd_rel->relowner;
-	target->trusted = IsTrusted(session, target->owner);
+	AdoptRelation(session, target);
 	target->estate = CreateExecutorState();
 	BecomeOwner(session, target->owner, target->trusted);
 	InContext(target->estate->es_query_cxt, [&] { InitTarget(session, target, relation); });
 	BecomeCaller(session);
 	return target;
+}
+
+/* In a context of its own below the session's. */
+static Target *
+MakeTarget(Session *session, const change::Relation *relation)
+{
+	MemoryContext context =
+		AllocSetContextCreate(session->context, "mmrepl apply target", ALLOCSET_SMALL_SIZES);
+
+	return InContext(context, [&] { return OpenTarget(session, relation); });
 }
 
 /* The target of an equal definition, or NULL. */
@@ -503,7 +529,11 @@ TargetOf(Session *session, const change::Relation *relation)
 
 	if (target == NULL)
 	{
-		target = InContext(session->context, [&] { return OpenTarget(session, relation); });
+		target = Reopen(session, relation);
+		if (target == NULL)
+			target = MakeTarget(session, relation);
+		if (target->text_format)
+			NeedTextFormat(session);
 		target->next = session->targets;
 		session->targets = target;
 	}
@@ -519,10 +549,7 @@ CloseTarget(Target *target)
 	EState *estate = target->estate;
 
 	for (Leaf *leaf = target->leaves; leaf != NULL; leaf = leaf->next)
-	{
-		index_endscan(leaf->scan);
-		index_close(leaf->index, NoLock);
-	}
+		CloseSearch(leaf);
 	EvalPlanQualEnd(&target->epq);
 	ExecResetTupleTable(estate->es_tupleTable, false);
 	if (target->proute)
@@ -531,6 +558,7 @@ CloseTarget(Target *target)
 		ExecCloseIndices(target->info);
 	table_close(target->rel, NoLock);
 	FreeExecutorState(estate);
+	MemoryContextDelete(target->context);
 }
 
 /* Every target, with everything written; the next change opens its own again. */
@@ -538,9 +566,16 @@ void
 CloseTargets(Session *session)
 {
 	FlushAllCollected(session);
-	for (Target *target = session->targets; target != NULL; target = target->next)
-		CloseTarget(target);
-	session->targets = NULL;
+	while (session->targets != NULL)
+	{
+		Target *target = session->targets;
+
+		session->targets = target->next;
+		if (MayKeep(target))
+			Keep(target);
+		else
+			CloseTarget(target);
+	}
 	session->n_bindings = 0;
 }
 

@@ -101,8 +101,7 @@ DependsOnSettings(Oid base)
 		   category != TYPCATEGORY_BOOLEAN;
 }
 
-/* The settings of text forms hold until the end of the call. */
-static void
+void
 NeedTextFormat(Session *session)
 {
 	if (session->text_format)
@@ -112,8 +111,8 @@ NeedTextFormat(Session *session)
 }
 
 /* Function lookups in CurrentMemoryContext, where the field lives. */
-void
-InitField(Session *session, Field *field, const change::Column *column, Form_pg_attribute attribute)
+bool
+InitField(Field *field, const change::Column *column, Form_pg_attribute attribute)
 {
 	Oid base = getBaseType(attribute->atttypid);
 	Oid function;
@@ -129,15 +128,15 @@ InitField(Session *session, Field *field, const change::Column *column, Form_pg_
 					(errcode(ERRCODE_INVALID_COLUMN_REFERENCE),
 					 errmsg("key column \"%s\" is generated here", NameStr(attribute->attname)),
 					 errhint("Make it an ordinary column, or use another key.")));
-		return;
+		return false;
 	}
 	if (field->form == Form::Receive)
 		getTypeBinaryInputInfo(attribute->atttypid, &function, &field->ioparam);
 	else
 		getTypeInputInfo(attribute->atttypid, &function, &field->ioparam);
 	fmgr_info(function, &field->function);
-	if (field->form == Form::Convert || (field->form == Form::Input && DependsOnSettings(base)))
-		NeedTextFormat(session);
+	return field->form == Form::Convert ||
+		   (field->form == Form::Input && DependsOnSettings(base));
 }
 
 /* ---- reading ---- */
