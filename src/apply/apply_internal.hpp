@@ -119,11 +119,11 @@ struct Target
 	uint32 raw_length;
 	int encoding; /* of its names */
 	Oid relid;
-	bool simple;	  /* may be kept: nothing but the relation's own entry decides about it */
-	bool stale;		  /* that entry has changed since (only while it is kept) */
-	uint64 changes;	  /* RelationChanges() before the relation was opened */
-	bool text_format; /* a column needs the settings of text forms */
-	TupleDesc desc;	  /* of the slots */
+	bool simple;		/* may be kept: nothing but the relation's own entry decides about it */
+	bool stale;			/* that entry has changed since (only while it is kept) */
+	uint64 changes;		/* RelationChanges() before the relation was opened */
+	bool text_format;	/* a column needs the settings of text forms */
+	TupleDesc desc;		/* of the slots */
 	const char *schema; /* in this database's encoding */
 	const char *table;
 	Relation rel;

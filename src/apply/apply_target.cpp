@@ -477,7 +477,8 @@ OpenTarget(Session *session, const change::Relation *relation)
 
 	target->context = CurrentMemoryContext;
 	target->changes = RelationChanges();
-	target->raw = (char *) memcpy(palloc(relation->raw_length), relation->raw, relation->raw_length);
+	target->raw =
+		(char *) memcpy(palloc(relation->raw_length), relation->raw, relation->raw_length);
 	target->raw_length = relation->raw_length;
 	target->encoding = session->header.encoding;
 	target->rule = relation->conflict;

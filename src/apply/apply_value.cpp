@@ -135,8 +135,7 @@ InitField(Field *field, const change::Column *column, Form_pg_attribute attribut
 	else
 		getTypeInputInfo(attribute->atttypid, &function, &field->ioparam);
 	fmgr_info(function, &field->function);
-	return field->form == Form::Convert ||
-		   (field->form == Form::Input && DependsOnSettings(base));
+	return field->form == Form::Convert || (field->form == Form::Input && DependsOnSettings(base));
 }
 
 /* ---- reading ---- */
