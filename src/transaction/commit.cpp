@@ -488,8 +488,8 @@ OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
 		BeginLateCommit();
 	if (IsTransactionCommand(statement, TRANS_STMT_PREPARE, &ours))
 		preparing_ours = ours;
-	RunUtility(previous_process_utility,
-			   {statement, text, read_only, context, params, environment, dest, completion});
+	RunUtilityBounded(previous_process_utility,
+					  {statement, text, read_only, context, params, environment, dest, completion});
 	if (current.late != NULL)
 		MMREPL_FAULT_POINT("late-visible");
 	AfterStatement();
@@ -503,6 +503,7 @@ Init()
 	RegisterResourceReleaseCallback(OnResourceRelease, NULL);
 	previous_executor_finish = ExecutorFinish_hook;
 	ExecutorFinish_hook = OnExecutorFinish;
+	InitLockWaits();
 	previous_process_utility = ProcessUtility_hook;
 	ProcessUtility_hook = OnProcessUtility;
 }

@@ -406,25 +406,6 @@ FlushBefore(Work *work, const Mark *mark, connection::Failure *failure)
 		   FlushTo(work, mark->segment, mark->outer != NULL ? mark->outer->level : 1, failure);
 }
 
-/*
- * From now on the transaction holds locks at the peer.  A wait here for somebody
- * who waits there is seen by neither node's deadlock detector, so local lock
- * waits get the same bound as remote ones, unless the user has set a lower one.
- */
-static void
-BoundLocalWaits(const Work *work)
-{
-	const connection::Notes *notes = connection::NotesOf(work->inlined->conn);
-	char value[16];
-
-	if (notes == NULL || notes->lock_timeout <= 0 ||
-		(LockTimeout > 0 && LockTimeout <= notes->lock_timeout))
-		return;
-	snprintf(value, sizeof(value), "%d", notes->lock_timeout);
-	(void) set_config_option("lock_timeout", value, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_LOCAL,
-							 true, 0, false);
-}
-
 /* Hand the work's unsent segments to the peer and wait for its answer. */
 static void
 FlushWork(Work *work)

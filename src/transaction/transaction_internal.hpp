@@ -4,6 +4,7 @@
  */
 #pragma once
 
+#include "mmrepl/base.hpp"
 #include "mmrepl/queue.hpp"
 #include "mmrepl/sync.hpp"
 #include "mmrepl/transaction.hpp"
@@ -78,6 +79,7 @@ struct Current
 	uint64 wake_streams; /* bit mask of slots */
 	Resync *resyncs;
 	shmem::Database *late; /* COMMIT PREPARED is under way; NULL: none */
+	int lock_bound;		   /* ms that local lock waits were bounded to; 0: they were not */
 };
 
 extern Current current;
@@ -107,5 +109,10 @@ bool GiveUpPart(Work *work, bool wait);
 /* Undo and merge of subtransactions. */
 void UndoTo(Work *work, int level);
 void MergeInto(Work *work, int level);
+
+/* The work holds locks at its peer: bound lock waits here, and run what may wait for them. */
+void BoundLocalWaits(const Work *work);
+void RunUtilityBounded(ProcessUtility_hook_type previous, const UtilityCall &call);
+void InitLockWaits();
 
 } // namespace mmrepl::transaction

@@ -19,7 +19,7 @@ Client - a process that runs transactions and survives its server
   my $client = Client->start($node, sub { my ($number) = @_; return ($token, $sql) });
   ...
   my $report = $client->finish;
-  # $report->{acked}, {tried}, {errors}
+  # $report->{acked}, {tried}, {errors}, {said}
 
 =cut
 
@@ -135,7 +135,7 @@ sub answer
 			$last{connected} = 1;
 			last;
 		}
-		if ($line eq "COMMIT\n")
+		if ($line =~ /^COMMIT(?: PREPARED)?\n/)
 		{
 			print $report "ack $token\n";
 			$last{acked} = 1;
@@ -144,6 +144,10 @@ sub answer
 		{
 			print $report "error $1 $2\n";
 			$last{state} = $1 unless $1 eq '25P02';
+		}
+		elsif ($line =~ /(?:NOTICE|HINT):\s+(.*)/)
+		{
+			print $report "said $1\n";
 		}
 	}
 	return \%last;
@@ -154,8 +158,9 @@ sub answer
 =item $client->finish
 
 Lets the transaction end that is under way, and returns what became of all:
-C<acked> and C<tried>, references to arrays of tokens, and C<errors>, a
-reference to a hash from SQLSTATE and message to their number.
+C<acked> and C<tried>, references to arrays of tokens, and C<errors> and C<said>,
+references to hashes from SQLSTATE and message, or from the text of a NOTICE or
+HINT, to their number.
 
 =back
 
@@ -164,7 +169,7 @@ reference to a hash from SQLSTATE and message to their number.
 sub finish
 {
 	my ($self) = @_;
-	my %report = (acked => [], tried => [], errors => {});
+	my %report = (acked => [], tried => [], errors => {}, said => {});
 
 	PostgreSQL::Test::Utils::append_to_file($self->{stop}, '');
 	my $deadline = time + 2 * $PostgreSQL::Test::Utils::timeout_default;
@@ -187,6 +192,7 @@ sub finish
 		push @{ $report{acked} }, $text if $what eq 'ack';
 		push @{ $report{tried} }, $text if $what eq 'try';
 		$report{errors}->{$text}++ if $what eq 'error';
+		$report{said}->{$text}++ if $what eq 'said';
 		die "a client died: $text" if $what eq 'died';
 	}
 	return \%report;
