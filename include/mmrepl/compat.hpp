@@ -51,6 +51,17 @@ PeerWaitEvent()
 #endif
 }
 
+/* The local id of a process's transaction (17: in vxid). */
+inline LocalTransactionId
+LocalTransactionOf(const PGPROC *proc)
+{
+#if PG_VERSION_NUM >= 170000
+	return proc->vxid.lxid;
+#else
+	return proc->lxid;
+#endif
+}
+
 /* The local id of this backend's transaction (17: in vxid). */
 inline LocalTransactionId
 MyLocalTransaction()

@@ -119,6 +119,7 @@ extern "C" {
 #include "utils/memutils.h"
 #include "utils/numeric.h"
 #include "utils/pg_lsn.h"
+#include "utils/pidfile.h"
 #include "utils/portal.h"
 #include "utils/rel.h"
 #include "utils/resowner.h"

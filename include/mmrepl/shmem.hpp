@@ -48,9 +48,10 @@ enum class WorkerState : int
  */
 struct InFlight
 {
-	pg_atomic_uint64 ticket;   /* 0: none */
-	pg_atomic_uint64 streams;  /* bit mask of stream slots it has ring entries in */
-	pg_atomic_uint32 everyone; /* 1: it may concern a stream that had no slot yet */
+	pg_atomic_uint64 ticket;	   /* 0: none */
+	pg_atomic_uint64 streams;	   /* bit mask of stream slots it has ring entries in */
+	pg_atomic_uint32 everyone;	   /* 1: it may concern a stream that had no slot yet */
+	pg_atomic_uint32 peer_session; /* pid, when a peer has greeted this process; 0: none has */
 };
 
 /* Cumulative counters of a stream; atomics, so that nobody locks to count. */
@@ -196,7 +197,8 @@ struct State
 	pg_atomic_uint64 applied_ticket; /* highest ticket that apply() has seen */
 	Latch *launcher_latch;
 	int launcher_pid;
-	int n_slots; /* in-flight slots */
+	pg_atomic_uint32 scout_done; /* database that a scout has looked through, to its end */
+	int n_slots;				 /* in-flight slots */
 	Database databases[kMaxDatabases];
 	Stream streams[kMaxStreams]; /* the first guc::max_servers are used */
 };
@@ -237,6 +239,9 @@ void RequireReady();
 State &Get();
 InFlight &SlotOf(int process_index);
 InFlight &MySlot();
+
+/* This process serves a peer from now on, until it ends; the launcher is told. */
+void NotePeerSession();
 
 /* Start and size in bytes of the ring of streams[index]. */
 char *RingOf(int index);

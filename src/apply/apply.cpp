@@ -5,6 +5,7 @@
 #include "apply_internal.hpp"
 
 #include "mmrepl/fault.hpp"
+
 namespace mmrepl::apply
 {
 
@@ -501,6 +502,7 @@ SqlHello(FunctionCallInfo fcinfo)
 
 	shmem::RequireReady();
 	PreventCommandIfReadOnly("mmrepl.hello()");
+	shmem::NotePeerSession();
 	if (protocol < 1)
 		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 						errmsg("invalid protocol version: %d", protocol)));

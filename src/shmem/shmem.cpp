@@ -158,6 +158,25 @@ MySlot()
 	return slots[MyProcIndex()];
 }
 
+/* before_shmem_exit */
+static void
+ForgetPeerSession(int, Datum)
+{
+	pg_atomic_write_u32(&MySlot().peer_session, 0);
+}
+
+void
+NotePeerSession()
+{
+	pg_atomic_uint32 *mine = &MySlot().peer_session;
+
+	if (pg_atomic_read_u32(mine) == (uint32) MyProcPid)
+		return;
+	before_shmem_exit(ForgetPeerSession, (Datum) 0);
+	pg_atomic_write_u32(mine, (uint32) MyProcPid);
+	WakeLauncher();
+}
+
 char *
 RingOf(int index)
 {

@@ -11,6 +11,7 @@
 #include "worker_internal.hpp"
 
 #include "mmrepl/fault.hpp"
+
 namespace mmrepl::worker
 {
 
@@ -91,7 +92,26 @@ static struct
 	BackgroundWorkerHandle *handle; /* NULL: none */
 	Oid database;
 	TimestampTz retry_at; /* no slot was free: not before this */
+	int failures;		  /* scouts in a row that did not come to their end */
 } scout;
+
+/*
+ * Forget the scout.  If it died (an error, a termination), its database is looked
+ * at again, after a second, and less and less often while this goes on.
+ */
+static void
+DismissScout()
+{
+	bool done = pg_atomic_read_u32(&shmem::Get().scout_done) == scout.database;
+
+	pfree(scout.handle);
+	scout.handle = NULL;
+	scout.failures = done ? 0 : Min(scout.failures + 1, 6);
+	if (done)
+		return;
+	scouted = list_delete_oid(scouted, scout.database);
+	next_scan = Min(next_scan, GetCurrentTimestamp() + (USECS_PER_SEC << (scout.failures - 1)));
+}
 
 static bool
 ScoutIsOut()
@@ -102,8 +122,7 @@ ScoutIsOut()
 		return false;
 	if (GetBackgroundWorkerPid(scout.handle, &pid) != BGWH_STOPPED)
 		return true;
-	pfree(scout.handle);
-	scout.handle = NULL;
+	DismissScout();
 	return false;
 }
 
@@ -115,6 +134,7 @@ SendScout(Oid database)
 
 	DescribeWorker(&worker, "mmrepl_scout_main", "mmrepl scout");
 	worker.bgw_main_arg = ObjectIdGetDatum(database);
+	pg_atomic_write_u32(&shmem::Get().scout_done, InvalidOid);
 	scout.handle = StartProcess(&worker);
 	scout.database = database;
 	if (scout.handle == NULL)
@@ -232,6 +252,7 @@ RunScout(Oid)
 			MMREPL_FAULT_POINT("scout-registered");
 		}
 	});
+	pg_atomic_write_u32(&shmem::Get().scout_done, MyDatabaseId);
 }
 
 /* ---- supervision ---- */
@@ -336,7 +357,7 @@ RunLauncher()
 			LookAtDatabases();
 		TimestampTz due = Earlier(SendNextScout(), SuperviseWorkers());
 
-		due = Earlier(due, next_scan);
+		due = Earlier(Earlier(due, next_scan), LetPeersGo());
 		long timeout = Max(TimestampDifferenceMilliseconds(GetCurrentTimestamp(), due), 1L);
 
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, timeout,

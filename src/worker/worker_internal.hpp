@@ -168,6 +168,12 @@ struct Leftovers
  */
 bool RecoverPrepared(const RecoveryPlace &place, Leftovers *left, connection::Failure *failure);
 
+/*
+ * smart_shutdown.cpp: end peers' sessions when the server is stopping; returns
+ * when to look again (0: when a peer has come).
+ */
+TimestampTz LetPeersGo();
+
 /* database_hook.cpp */
 void InitDatabaseHook();
 
