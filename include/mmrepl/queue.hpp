@@ -219,7 +219,7 @@ Place ReadPlace(const char *payload, uint32 length);
 /* Walk a head payload's segments. */
 void WalkPayload(const char *payload, uint32 length, SegmentSink sink, void *arg);
 
-/* Remove a delivered late transaction's, or a skipped one's, head row. */
+/* Remove a delivered late transaction's, or a skipped one's, head row; this transaction sees it gone. */
 bool RemoveHead(const Ref &ref);
 
 /*

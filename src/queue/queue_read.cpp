@@ -248,7 +248,10 @@ RemoveHead(const Ref &ref)
 	bool there = WithLatestSnapshot([&] { return FetchRow(rel, tid, [](const Row &) {}); });
 
 	if (there)
+	{
 		simple_heap_delete(rel, &tid);
+		CommandCounterIncrement();
+	}
 	table_close(rel, NoLock);
 	return there;
 }

@@ -103,6 +103,7 @@ PushMark(Work *work, int level)
 	mark->level = level;
 	mark->segment = work->last;
 	mark->changes = work->changes;
+	mark->place = work->out.place;
 	if (work->last != NULL)
 	{
 		/* What is sent inline is sent at its own level: the child starts a segment. */
@@ -195,6 +196,8 @@ UndoTo(Work *work, int level)
 		else
 			work->first = NULL;
 		work->changes = mark->changes;
+		work->out.place = mark->place;
+		work->spilled = mark->place.rows > 0;
 		work->marks = mark->outer;
 		pfree(mark);
 	}

@@ -22,6 +22,7 @@ struct Mark
 	uint32 segment_changes;
 	bool closed;
 	int64 changes;
+	queue::Place place; /* of the chunk rows that were there then */
 };
 
 struct Work

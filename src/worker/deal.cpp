@@ -10,6 +10,7 @@
 #include "worker_steer.hpp"
 
 #include "mmrepl/fault.hpp"
+
 namespace mmrepl::worker
 {
 

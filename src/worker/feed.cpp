@@ -11,6 +11,7 @@
 #include "feed_internal.hpp"
 
 #include "mmrepl/fault.hpp"
+
 namespace mmrepl::worker
 {
 

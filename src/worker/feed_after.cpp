@@ -5,11 +5,12 @@
 #include "feed_internal.hpp"
 
 #include "mmrepl/fault.hpp"
+
 namespace mmrepl::worker
 {
 
 #ifdef MMREPL_FAULT_POINTS
-constexpr uint64 kSweepEvery = 4; /* often enough for a test */
+constexpr uint64 kSweepEvery = 2; /* often enough for a test */
 #else
 constexpr uint64 kSweepEvery = 1000; /* inline transactions */
 #endif
@@ -26,6 +27,7 @@ RemoveLate(Feed *feed, Shipment *shipment)
 	InTransaction([&] {
 		foreach(cell, shipment->late)
 			(void) queue::RemoveHead(*(const queue::Ref *) lfirst(cell));
+		ForceSyncCommit(); /* or a crash brings them back, when their markers may be swept */
 		MMREPL_FAULT_POINT("late-removing");
 	});
 	MMREPL_FAULT_POINT("late-removed");
@@ -87,8 +89,10 @@ Applied(Feed *feed, Shipment *shipment)
 static void
 ChooseSweep(Feed *feed)
 {
+	TransactionId oldest = GetOldestActiveTransactionId(); /* first: `next` must not be older */
+
+	MMREPL_FAULT_POINT("sweep-choosing");
 	FullTransactionId next = ReadNextFullTransactionId();
-	TransactionId oldest = GetOldestActiveTransactionId();
 	uint32 epoch = EpochFromFullTransactionId(next);
 
 	if (oldest > XidFromFullTransactionId(next))

@@ -5,6 +5,7 @@
 #include "stream_session.hpp"
 
 #include "mmrepl/fault.hpp"
+
 namespace mmrepl::worker
 {
 

@@ -10,6 +10,7 @@
 #include "stream_session.hpp"
 
 #include "mmrepl/fault.hpp"
+
 namespace mmrepl::worker
 {
 

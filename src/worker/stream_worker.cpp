@@ -8,10 +8,15 @@
 #include "stream_session.hpp"
 
 #include "mmrepl/fault.hpp"
+
 namespace mmrepl::worker
 {
 
+#ifdef MMREPL_FAULT_POINTS
+constexpr int64 kUpkeepEvery = USECS_PER_SEC / 20; /* often enough for a test */
+#else
 constexpr int64 kUpkeepEvery = USECS_PER_SEC;
+#endif
 constexpr int64 kRestEvery = INT64CONST(5) * USECS_PER_SEC;
 
 /* Who gives the ordering lock up wakes us just before the lock is free. */

@@ -135,20 +135,30 @@ sub query
 	return $done ? $out : undef;
 }
 
-# Passes once a server that restarts itself answers.
+# Passes once the server answers: one that restarts itself is awaited, one that is
+# down, or goes down only now, is started.
 sub comes_back
 {
 	my ($node) = @_;
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	my $back = until_true(
+		sub {
+			bring_back($node) if is_down($node);
+			return query($node, 'SELECT 1');
+		});
 
-	return ok(until_true(sub { query($node, 'SELECT 1') }), $node->name . ' answers');
+	return ok($back, $node->name . ' answers');
 }
 
+# Whether the postmaster is gone, if not yet waited for by whoever inherited it.
 sub is_down
 {
 	my ($node) = @_;
+	my $pid = $node->{_pid};
 
-	return !defined $node->{_pid} || !kill(0, $node->{_pid});
+	return 1 if !defined $pid || !kill(0, $pid);
+	open(my $stat, '<', "/proc/$pid/stat") or return 0;
+	return (<$stat> // '') =~ /\) [ZX] /;
 }
 
 # Start a server whose postmaster was killed.  Its children may still be ending.
