@@ -12,7 +12,11 @@
 namespace mmrepl::queue
 {
 
-constexpr BlockNumber kZoneBlocks = 64;	 /* at least */
+#ifdef MMREPL_FAULT_POINTS
+constexpr BlockNumber kZoneBlocks = 1; /* so that a test has many zones */
+#else
+constexpr BlockNumber kZoneBlocks = 64; /* at least */
+#endif
 constexpr BlockNumber kMaxZones = 16384; /* a larger queue has larger zones */
 
 /* ---- the lowest tickets ---- */

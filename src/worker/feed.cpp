@@ -15,7 +15,11 @@
 namespace mmrepl::worker
 {
 
+#ifdef MMREPL_FAULT_POINTS
+constexpr int kRefsAtATime = 20; /* so that a test needs many readings */
+#else
 constexpr int kRefsAtATime = 200000;
+#endif
 
 /* ---- shipments ---- */
 
