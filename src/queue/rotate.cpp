@@ -113,14 +113,31 @@ RotateBlocks()
 	return (BlockNumber) ((uint64) guc::rotate_size * 1024 / BLCKSZ);
 }
 
+/* An empty table that is not active, the next one if possible; the active one: there is none. */
+static uint32
+EmptyOne(uint32 active)
+{
+	for (uint32 i = 1; i < shmem::kQueueTables; i++)
+	{
+		uint32 table = (active + i) % shmem::kQueueTables;
+
+		if (BlocksOf(table) == 0)
+			return table;
+	}
+	return active;
+}
+
 static void
 SwitchTable(shmem::Database &database)
 {
 	uint32 active = pg_atomic_read_u32(&database.active_table);
-	uint32 next = (active + 1) % shmem::kQueueTables;
 	BlockNumber blocks = BlocksOf(active);
 
-	if (blocks == InvalidBlockNumber || blocks < RotateBlocks() || BlocksOf(next) != 0)
+	if (blocks == InvalidBlockNumber || blocks < RotateBlocks())
+		return;
+	uint32 next = EmptyOne(active);
+
+	if (next == active)
 		return;
 	MMREPL_FAULT_POINT("rotate-begin");
 	pg_atomic_write_u32(&database.active_table, next);
@@ -155,7 +172,8 @@ Needed(const Row &row, Position *position)
 		return false;
 	if (row.stream != position->stream)
 		*position = {row.stream, ConfirmedOf(row.stream), DiscardedUpTo(row.stream)};
-	if (row.ticket <= position->discarded)
+	/* What was prepared at a peer needs its record until it is ended there. */
+	if (row.ticket <= position->discarded && !(row.flags & kTwoPhase))
 		return false;
 	return row.ticket > position->confirmed ||
 		   ((row.flags & kPrepared) && position->confirmed != PG_UINT64_MAX);

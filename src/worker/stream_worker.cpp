@@ -184,7 +184,8 @@ Timeout(const Session *session)
 	if (pg_atomic_read_u64(&session->shared->confirmed) != session->persisted ||
 		session->rest_is_due)
 		due = due == 0 ? session->upkeep_at : Min(due, session->upkeep_at);
-	if ((session->conn != NULL || session->shared->paused) && session->recovery_at != DT_NOEND)
+	if ((session->conn != NULL || session->shared->paused || GivenUp(session)) &&
+		session->recovery_at != DT_NOEND)
 		due = due == 0 ? session->recovery_at : Min(due, session->recovery_at);
 	if (due == 0)
 		return -1;
@@ -265,6 +266,7 @@ Round(Session *session)
 	if (GivenUp(session))
 	{
 		RestFromDelivery(session);
+		Resolve(session);
 		return;
 	}
 	if (session->conn != NULL && !Receive(session))

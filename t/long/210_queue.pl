@@ -130,7 +130,8 @@ section "$transactions transactions with a live peer" => sub {
 	$alpha->same_rows($beta, 'item');
 };
 
-# Processor time is what the worker's own work costs, whatever else runs here.
+# Processor time is what the worker and the session at the peer need, whatever else
+# runs here: on a quiet machine the slower of the two sets the pace.
 section "a backlog of $backlog" => sub {
 	my %seconds;
 
@@ -142,12 +143,19 @@ section "a backlog of $backlog" => sub {
 		here(q{SELECT mmrepl.pause('beta')});
 		$alpha->poll_state('beta', 'paused');
 		load($count, 2);
-		$cpu = cpu_of($pid);
+		my @receivers = $beta->peer_sessions;
+		my $cpu_of_all = sub {
+			my $sum = cpu_of($pid);
+			$sum += cpu_of($_) foreach (@receivers);
+			return $sum;
+		};
+		is(scalar @receivers, 1, 'the worker has one session at the peer');
+		$cpu = $cpu_of_all->();
 		$took = Time::HiRes::time();
 		here(q{SELECT mmrepl.resume('beta')});
 		synced();
 		$took = Time::HiRes::time() - $took;
-		$seconds{$count} = (cpu_of($pid) - $cpu) / $count;
+		$seconds{$count} = ($cpu_of_all->() - $cpu) / $count;
 		is(worker(), $pid, 'the worker lives');
 		note(sprintf '%d: %.0f transactions/s, %.2f us of the processor each, %d kB',
 			$count, $count / $took, 1e6 * $seconds{$count}, memory_of($pid));

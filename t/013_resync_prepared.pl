@@ -1,0 +1,113 @@
+# A server that needs a resync while a transaction is prepared there: it is ended as
+# it was ended here, although nothing else is delivered.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/lib";
+
+use MmreplCluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my ($alpha, $beta) = MmreplCluster->new_pair(
+	conf => "autovacuum = off\nmmrepl.rotate_size = '64kB'\n"
+	  . "mmrepl.max_queue_size = '128kB'\nmmrepl.recovery_interval = '2s'\n"
+	  . "wal_level = replica\nmax_wal_senders = 2");
+
+sub here
+{
+	return $alpha->safe_psql('postgres', $_[0]);
+}
+
+sub there
+{
+	return $beta->safe_psql('postgres', $_[0]);
+}
+
+sub synced
+{
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return $alpha->wait_caught_up('beta');
+}
+
+# Single-row transactions, until the condition holds.
+sub write_until
+{
+	my ($condition, $most) = @_;
+
+	foreach (1 .. $most)
+	{
+		here('CALL load(100)');
+		return 1
+		  if here(
+			"SELECT $condition FROM mmrepl.pg_stat_mmrepl WHERE server = 'beta'")
+		  eq 't';
+	}
+	return 0;
+}
+
+$alpha->create_table_on_both(
+	$beta, q{
+	CREATE TABLE item (id int PRIMARY KEY, v text);
+	CREATE TABLE other (id int PRIMARY KEY, v text);
+});
+$alpha->create_pair('item', 'beta');
+$alpha->create_pair('other', 'beta', q{mode => 'sync'});
+here(
+	q{CREATE SEQUENCE ids START 1000;
+	   CREATE PROCEDURE load(count int) LANGUAGE plpgsql AS $$
+	   BEGIN
+		   FOR i IN 1 .. count LOOP
+			   INSERT INTO item VALUES (nextval('ids'), repeat('v', 60));
+			   COMMIT;
+		   END LOOP;
+	   END $$;
+	   INSERT INTO item VALUES (1, 'start')});
+synced();
+
+# The record that tells what becomes of it is in the queue that was given up.
+section 'prepared at the peer' => sub {
+	my $prepared = 'SELECT count(*) FROM pg_prepared_xacts';
+	my $session = $alpha->session;
+
+	$session->ok(q{SET mmrepl.two_phase = 'on'});
+	$alpha->append_conf('postgresql.conf', q{synchronous_standby_names = 'nobody'});
+	$alpha->reload;
+	$alpha->poll_query_until('postgres',
+		q{SELECT current_setting('synchronous_standby_names') = 'nobody'});
+	here('CHECKPOINT'); # it is the checkpointer that makes the setting hold
+	$session->start(q{INSERT INTO other VALUES (5001, 'two phases')});
+	$alpha->poll_ok(
+		'SELECT count(*) = 1 FROM pg_stat_activity WHERE pid = '
+		  . $session->pid . q{ AND wait_event = 'SyncRep'},
+		'a transaction is prepared at the peer, its commit is recorded');
+	$beta->close_to_peers;
+	$alpha->stop('immediate');
+	$alpha->append_conf('postgresql.conf', q{synchronous_standby_names = ''});
+	$alpha->start;
+	eval { $session->quit };
+	is(there($prepared), '1', 'it is still there');
+	ok(write_until(q{state = 'needs resync'}, 40), 'the server needs a resync');
+	$alpha->wait_for_log(qr/needs a resync, nothing is delivered/);
+	$beta->open_to_peers;
+	here(q{SELECT mmrepl.retry_now('beta')});
+	$beta->poll_ok("SELECT ($prepared) = 0", 'it is ended all the same');
+	is(there('SELECT v FROM other WHERE id = 5001'), 'two phases',
+		'as it was here');
+	is($alpha->state('beta'), 'needs resync', 'nothing else has changed');
+	here(q{SELECT mmrepl.resync('beta', truncate => true)});
+	synced();
+	$alpha->same_rows($beta, $_) foreach ('item', 'other');
+};
+
+foreach my $node ($alpha, $beta)
+{
+	ok( !$node->log_contains(qr/PANIC|TRAP:|was terminated by signal/),
+		$node->name . ': no crash in the log');
+}
+$alpha->stop('fast');
+$beta->stop('fast');
+
+done_testing();
