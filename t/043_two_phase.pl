@@ -340,6 +340,30 @@ section 'nobody guesses' => sub {
 		'and nobody else takes such names for changes that are captured');
 };
 
+section 'a queue that is given up with it' => sub {
+	hold_commits('nobody');
+	my $session = $alpha->session;
+	$session->start(q{INSERT INTO item VALUES (85, 'given up')});
+	waits_for_standby($session);
+	$beta->stop('immediate');
+	hold_commits('');
+	$session->finish;
+	here(q{ALTER SYSTEM SET mmrepl.max_queue_size = '64kB'});
+	$alpha->reload;
+	await($alpha, q{SELECT current_setting('mmrepl.max_queue_size') = '64kB'});
+	here("INSERT INTO async SELECT g, repeat('x', 100) FROM generate_series($_ * 500, $_ * 500 + 400) g")
+	  foreach 1 .. 4;
+	$alpha->poll_state('beta', 'needs resync');
+	here('ALTER SYSTEM RESET mmrepl.max_queue_size');
+	$alpha->reload;
+	$beta->start;
+	here(q{SELECT mmrepl.resync('beta')});
+	settled();
+	is(there('SELECT v FROM item WHERE id = 85'), 'given up', 'it came with the copy of its table');
+	$alpha->same_rows($beta, 'async');
+	$session->quit;
+};
+
 section 'the worker dies, and by hand' => sub {
 	hold_commits('nobody');
 	my $session = $alpha->session;

@@ -29,7 +29,8 @@ enum class Log : char
 	Running,
 	Committed,
 	Aborted,
-	Forgotten
+	Forgotten,
+	Unused /* it was not given out yet, as far as this node knows */
 };
 
 static Log
@@ -59,19 +60,26 @@ WasUsed(uint64 xid)
 		   xid < U64FromFullTransactionId(ReadNextFullTransactionId());
 }
 
+/*
+ * `discarded`: the stream's queue was given up once.  What is missing in it was
+ * not delivered, and resync() copies it: then the peer's part is not wanted.
+ */
 static shmem::LocalState
-Decide(Log log, uint64 ticket)
+Decide(Log log, uint64 ticket, bool discarded)
 {
 	if (log == Log::Running || (ticket != 0 && queue::IsInFlight(ticket)))
 		return shmem::LocalState::Running;
+	if (log == Log::Unused)
+		return shmem::LocalState::Unknown;
 	if (ticket != 0)
 		return shmem::LocalState::Committed;
-	return log == Log::Committed ? shmem::LocalState::Unknown : shmem::LocalState::Aborted;
+	return log == Log::Committed && !discarded ? shmem::LocalState::Unknown
+											   : shmem::LocalState::Aborted;
 }
 
 /* The local state of every transaction found at the peer; the log first, then the records. */
 static shmem::LocalState *
-DecideAll(const sync::Found &found, int32 stream)
+DecideAll(const sync::Found &found, int32 stream, bool discarded)
 {
 	shmem::LocalState *states =
 		(shmem::LocalState *) palloc0(sizeof(shmem::LocalState) * found.count);
@@ -82,11 +90,11 @@ DecideAll(const sync::Found &found, int32 stream)
 	for (int i = 0; i < found.count; i++)
 	{
 		xids[i] = found.list[i].xid;
-		logs[i] = WasUsed(xids[i]) ? AskLog(xids[i]) : Log::Committed;
+		logs[i] = WasUsed(xids[i]) ? AskLog(xids[i]) : Log::Unused;
 	}
 	queue::FindHeads(stream, xids, found.count, tickets);
 	for (int i = 0; i < found.count; i++)
-		states[i] = Decide(logs[i], tickets[i]);
+		states[i] = Decide(logs[i], tickets[i], discarded);
 	return states;
 }
 
@@ -178,6 +186,7 @@ EndOne(const RecoveryPlace &place, const sync::PreparedThere &prepared, shmem::L
 bool
 RecoverPrepared(const RecoveryPlace &place, Leftovers *left, connection::Failure *failure)
 {
+	bool discarded = pg_atomic_read_u64(&place.shared->discarded) != 0;
 	shmem::LocalState *states = NULL;
 	sync::Found found;
 
@@ -189,7 +198,7 @@ RecoverPrepared(const RecoveryPlace &place, Leftovers *left, connection::Failure
 	if (found.count > 0)
 		MMREPL_FAULT_POINT("recovery-listed");
 	if (found.count > 0)
-		InTransaction([&] { states = DecideAll(found, place.stream); });
+		InTransaction([&] { states = DecideAll(found, place.stream, discarded); });
 	for (int i = 0; i < found.count; i++)
 		if (!EndOne(place, found.list[i], states[i], left, failure))
 			return false;
