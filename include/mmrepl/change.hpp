@@ -9,12 +9,12 @@
  *	 record   := head:u8 body		head is code << 5 | rel, rel below kSegmentRelations
  *		code kDefine:	 relation	defines rel for the rest of the segment
  *			 kInsertRow: tuple		the new row
- *			 kUpdateRow: tuple		the new row; its key is the old one's, too
- *			 kMoveRow:	 key tuple	key values before, the new row
- *			 kDeleteRow: key		key values of the row that went
+ *			 kUpdateRow: tuple [before]	the new row; its key is the old one's, too
+ *			 kMoveRow:	 key tuple [before]	key values before, the new row
+ *			 kDeleteRow: key [rest]	key values of the row that went
  *			 kEmpty:				TRUNCATE
  *	 relation := shape:u8, names, pair:varint, columns:varint, column*
- *				 shape: the conflict rule, kPublic, kSameNames
+ *				 shape: the conflict rule, kPublic, kSameNames, kChecked
  *	 names	  := [string:remote schema], string:remote table
  *				 [string:local schema, string:local table]
  *				 the first not with kPublic: it is "public"; the last two not with
@@ -26,6 +26,11 @@
  *	 tuple    := value of every column, in the relation's order
  *	 key      := value of every key column, in the relation's order
  *	 value    := length+1:varint bytes | 0:varint (NULL)
+ *	 before   := bitmap of the columns, old value of each one whose bit is set; the
+ *				 others' is the one in the tuple (only where the relation is checked)
+ *	 rest     := old value of every column outside the key (only where it is checked)
+ *	 old value := value, for types of fixed width; else
+ *				 length+2:varint bytes | 1:varint length:varint digest | 0:varint (NULL)
  *	 string   := length:varint bytes
  *
  * Integers are big-endian; varint is LEB128.  A value's bytes are the type's
@@ -35,6 +40,10 @@
  * settings of TextFormat; text is in the database encoding of the sender,
  * which the batch header names.  (Binary is used only for built-in types whose
  * send format holds no text, except that text types send their plain bytes.)
+ *
+ * A relation is *checked* when its changes were captured in sync mode: then the
+ * receiver can tell whether its row is the one that was changed at the sender.
+ * Old values longer than kDigestFrom travel as their digest.
  *
  * Decoding trusts nothing: each length is checked, an error is
  * ERRCODE_MMREPL_BAD_BATCH and never a crash.
@@ -76,6 +85,7 @@ static_assert(NAMEDATALEN <= kNameLength + 1, "names do not fit the head of a co
 constexpr uint8 kConflictMask = 0x03;
 constexpr uint8 kPublic = 0x04;
 constexpr uint8 kSameNames = 0x08;
+constexpr uint8 kChecked = 0x10;
 
 enum class Conflict : char
 {
@@ -83,6 +93,9 @@ enum class Conflict : char
 	KeepLocal = 'k',
 	Error = 'e'
 };
+
+constexpr uint32 kDigestFrom = 128; /* longer old values are replaced by their digest */
+constexpr int kDigestBytes = 16;
 
 /* The parsing of 'apply_remote' and so on; false when there is no such name. */
 bool ConflictFromName(const char *name, Conflict *result);
@@ -129,6 +142,7 @@ struct RelationEncoder
 	int n_columns;
 	ColumnEncoder *columns;
 	bool needs_text_format;
+	bool checked; /* updates and deletes carry the old row */
 };
 
 /* What a RelationEncoder is built from; strings are copied into the definition. */
@@ -146,6 +160,7 @@ struct RelationSpec
 	const char *local_schema;
 	const char *local_table;
 	Conflict conflict;
+	bool checked;
 	int32 pair_id;
 	int n_columns;
 	const ColumnSpec *columns;
@@ -244,6 +259,7 @@ struct Relation
 	char *local_schema;
 	char *local_table;
 	Conflict conflict;
+	bool checked;
 	int32 pair_id;
 	int n_columns;
 	int n_keys;
@@ -257,14 +273,23 @@ struct Value
 	uint32 length;
 };
 
+/* What a column held before, as far as it travelled. */
+struct OldValue
+{
+	bool same;			/* as in the new row */
+	const char *digest; /* of a value that is too long to travel; NULL: `value` is it */
+	Value value;		/* with a digest only its length */
+};
+
 /* One decoded record; the arrays belong to the decoder and live until the next Next(). */
 struct Change
 {
 	Kind kind;
 	const Relation *relation;
 	bool has_old_key;
-	Value *key; /* n_keys: delete, and update with has_old_key */
-	Value *row; /* n_columns: insert and update */
+	Value *key;	   /* n_keys: delete, and update with has_old_key */
+	Value *row;	   /* n_columns: insert and update */
+	OldValue *old; /* n_columns, those of the key unset: update and delete when checked */
 };
 
 /*
@@ -278,8 +303,10 @@ struct Decoder
 	Change change;
 	Value *key_values;
 	Value *row_values;
+	OldValue *old_values;
 	int key_capacity;
 	int row_capacity;
+	int old_capacity;
 };
 
 void StartDecoding(Decoder *decoder, const char *data, uint32 length);
@@ -313,6 +340,16 @@ int64 ReadTrimmed(const Value *value, uint32 width);
 
 /* The text form of a value of a built-in type in binary form, or its text. palloc'd. */
 char *ValueText(const Column *column, const Value *value);
+
+/*
+ * The bytes that a column's value has on the wire, made of a local value of
+ * local_type; text is in the server's encoding.  Needs TextFormat.  palloc'd or
+ * pointing into the value.
+ */
+Value WireBytes(const Column *column, Oid local_type, Datum value);
+
+/* The first kDigestBytes of the SHA-256 of some bytes. */
+void Digest(const char *bytes, uint64 length, char *digest);
 
 /* ---- raw writing, for batch headers ---- */
 void PutVarint(StringInfo buf, uint64 value);

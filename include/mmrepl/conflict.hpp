@@ -33,7 +33,10 @@ enum class Action : int
 
 const char *Name(Type type);
 
-/* Pure policy: what to do; row_known: the change carries the whole row. */
-Action Decide(Type type, change::Conflict rule, bool row_known);
+/*
+ * Pure policy: what to do; row_known: the change carries the whole row; at_writer:
+ * the change is made in sync mode, and the user who makes it can be told.
+ */
+Action Decide(Type type, change::Conflict rule, bool row_known, bool at_writer);
 
 } // namespace mmrepl::conflict

@@ -38,6 +38,9 @@ struct Work; /* one stream's part of the current transaction */
  */
 Work *Use(const Route &route);
 
+/* Whether what is captured now is executed at the peer inside this transaction. */
+bool IsSync(const Work *work);
+
 /*
  * A segment of the work with room for one more record, belonging to the
  * current subtransaction as far as undoing is concerned.

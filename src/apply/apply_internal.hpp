@@ -9,6 +9,7 @@
  *	 apply_keep.cpp		what is kept of it for the next batch
  *	 apply_value.cpp	from a change's bytes to datums
  *	 apply_find.cpp		the row that a key names, locked
+ *	 apply_compare.cpp	whether the row that is here is the one that was changed
  *	 apply_write.cpp	insert, update, delete and their conflicts
  *	 apply_bulk.cpp		runs of inserts, written together
  *	 apply_truncate.cpp	truncate
@@ -281,6 +282,12 @@ void FillDefaults(Target *target);
 void ReadKey(Session *session, Target *target, const change::Change *change);
 void KeyOfRow(Target *target);
 
+/* The settings of text forms hold from now until the end of the call. */
+void NeedTextFormat(Session *session);
+/* The datum of a value that is not NULL, in the current context. */
+Datum ReadField(Session *session, Field *field, const change::Column *column,
+				const change::Value *value);
+
 /* ---- apply_find.cpp ---- */
 
 /* The best unique index over exactly these columns, or InvalidOid. */
@@ -297,6 +304,17 @@ bool PeekRow(Leaf *leaf, TupleTableSlot *search);
 bool LockPeeked(Leaf *leaf, LockTupleMode mode);
 /* "(id)=(5)", or NULL when it may not be shown. */
 char *DescribeKey(Leaf *leaf, TupleTableSlot *row);
+
+/* ---- apply_compare.cpp ---- */
+
+/*
+ * Whether the row in leaf->found is the one that an update or delete changed at the
+ * sender, as far as its columns travel; always true when the old row did not come.
+ * An update's new row must have been read into target->row.
+ */
+bool IsExpectedRow(Session *session, Target *target, Leaf *leaf, const change::Change *change);
+/* Both rows, for a message; leaf NULL: there is none here.  NULL: not to be shown. */
+char *DescribeRows(Session *session, Target *target, Leaf *leaf);
 
 /* ---- apply_write.cpp ---- */
 

@@ -101,6 +101,7 @@ DependsOnSettings(Oid base)
 		   category != TYPCATEGORY_BOOLEAN;
 }
 
+/* Without effect when they hold already. */
 void
 NeedTextFormat(Session *session)
 {
@@ -219,9 +220,9 @@ ReadFixed(Form form, const change::Value *value)
 	}
 }
 
-/* The datum of a value that is not NULL; memory is the current context's. */
-static Datum
-ReadValue(Session *session, Field *field, const change::Column *column, const change::Value *value)
+/* Raises what receive and input functions raise. */
+Datum
+ReadField(Session *session, Field *field, const change::Column *column, const change::Value *value)
 {
 	switch (field->form)
 	{
@@ -265,7 +266,7 @@ StoreValue(Session *session, Field *field, const change::Column *column, const c
 			CheckNull(field);
 		return;
 	}
-	slot->tts_values[at] = ReadValue(session, field, column, value);
+	slot->tts_values[at] = ReadField(session, field, column, value);
 	slot->tts_isnull[at] = false;
 }
 

@@ -30,6 +30,38 @@ ActionText(Action action)
 	}
 }
 
+static bool
+IsMissing(Type type)
+{
+	return type == Type::UpdateMissing || type == Type::DeleteMissing;
+}
+
+/*
+ * A change that was made in sync mode finds another row here than at the sender,
+ * or none.  Its writer is told, and nothing is overwritten.
+ */
+pg_attribute_noreturn() static void RefuseDifference(Session *session, Target *target, Leaf *leaf,
+													 Type type)
+{
+	char *rows = DescribeRows(session, target, IsMissing(type) ? NULL : leaf);
+
+	ereport(ERROR,
+			(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+			 errmsg("could not serialize replicated change: conflict=%s on relation \"%s.%s\"",
+					conflict::Name(type), target->schema, target->table),
+			 rows ? errdetail("%s", rows) : 0,
+			 errhint(
+				 "Retry the transaction. If it fails again the rows differ for good: repair the "
+				 "row at the peer, or overwrite it with SET LOCAL mmrepl.mode = 'async'.")));
+}
+
+/* Whether the change is executed inside the transaction that made it, in sync mode. */
+static bool
+IsAtWriter(const Session *session)
+{
+	return session->header.Inline() && session->change->relation->checked;
+}
+
 /*
  * The change is refused.  An INSERT is refused with the error that the table
  * would have raised itself, so that the sender's user knows it.
@@ -48,7 +80,11 @@ pg_attribute_noreturn() static void Refuse(const Target *target, Leaf *leaf, Typ
 			(errcode(ERRCODE_MMREPL_CONFLICT),
 			 errmsg("conflict detected on relation \"%s.%s\": conflict=%s", target->schema,
 					target->table, conflict::Name(type)),
-			 key ? errdetail("Key %s is not present.", key) : 0,
+			 key ? errdetail(IsMissing(type)
+								 ? "Key %s is not present."
+								 : "The row with key %s is not the one that was changed.",
+							 key)
+				 : 0,
 			 errhint("Repair the row here, then call mmrepl.retry_now() or mmrepl.skip() at the "
 					 "sending node.")));
 }
@@ -61,10 +97,13 @@ static Action
 Resolve(Session *session, Target *target, Leaf *leaf, Type type, TupleTableSlot *row)
 {
 	bool row_known = type != Type::DeleteMissing;
-	Action action = conflict::Decide(type, target->rule, row_known);
+	bool at_writer = IsAtWriter(session);
+	Action action = conflict::Decide(type, target->rule, row_known, at_writer);
 
 	session->conflicts++;
 	stats::CountConflict(session->header.node, RelationGetRelid(target->rel));
+	if (action == Action::Error && at_writer && type != Type::InsertExists)
+		RefuseDifference(session, target, leaf, type);
 	if (action == Action::Error)
 		Refuse(target, leaf, type, DescribeKey(leaf, row));
 	if (guc::log_conflicts)
@@ -285,16 +324,32 @@ CheckPublication(Leaf *leaf, CmdType command)
 	*checked = true;
 }
 
-/* Find the row by its key and update it; false when there is none. */
+/*
+ * Whether the row in leaf->found may be changed: it is the one that was changed at
+ * the sender, or the pair's rule says that it does not matter.  Where it is not
+ * locked, it is this very version that is written, or none.
+ */
 static bool
-UpdateRow(Target *target, Leaf *leaf, TupleTableSlot *search, LockTupleMode mode)
+MayChange(Session *session, Target *target, Leaf *leaf, Type type, TupleTableSlot *search)
 {
+	return IsExpectedRow(session, target, leaf, session->change) ||
+		   Resolve(session, target, leaf, type, search) == Action::Apply;
+}
+
+/* Find the row by its key and update it, if the rule lets; false when there is none. */
+static bool
+UpdateRow(Session *session, Target *target, Leaf *leaf, TupleTableSlot *search, LockTupleMode mode)
+{
+	constexpr Type type = Type::UpdateOriginDiffers;
+
 	if (!leaf->plain)
-		return FindRow(leaf, search, mode) && UpdateFound(target, leaf, true);
+		return FindRow(leaf, search, mode) &&
+			   (!MayChange(session, target, leaf, type, search) || UpdateFound(target, leaf, true));
 	CheckPublication(leaf, CMD_UPDATE);
 	while (PeekRow(leaf, search))
 	{
-		bool done = UpdateFound(target, leaf, false);
+		bool done =
+			!MayChange(session, target, leaf, type, search) || UpdateFound(target, leaf, false);
 
 		ExecClearTuple(leaf->found);
 		if (done)
@@ -304,21 +359,24 @@ UpdateRow(Target *target, Leaf *leaf, TupleTableSlot *search, LockTupleMode mode
 	return false;
 }
 
-/* Find the row by its key and delete it; false when there is none. */
+/* Find the row by its key and delete it, if the rule lets; false when there is none. */
 static bool
-DeleteRow(Target *target, Leaf *leaf, TupleTableSlot *search)
+DeleteRow(Session *session, Target *target, Leaf *leaf, TupleTableSlot *search)
 {
+	constexpr Type type = Type::DeleteOriginDiffers;
+
 	if (!leaf->plain)
 	{
 		if (!FindRow(leaf, search, LockTupleExclusive))
 			return false;
-		DeleteFound(target, leaf);
+		if (MayChange(session, target, leaf, type, search))
+			DeleteFound(target, leaf);
 		return true;
 	}
 	CheckPublication(leaf, CMD_DELETE);
 	while (PeekRow(leaf, search))
 	{
-		bool done = WriteDelete(target, leaf);
+		bool done = !MayChange(session, target, leaf, type, search) || WriteDelete(target, leaf);
 
 		ExecClearTuple(leaf->found);
 		if (done)
@@ -372,7 +430,7 @@ Update(Session *session, Target *target, const change::Change *change)
 	Leaf *leaf = Route(target, target->search);
 	TupleTableSlot *search = ToLeaf(leaf, target->search);
 
-	if (UpdateRow(target, leaf, search,
+	if (UpdateRow(session, target, leaf, search,
 				  change->has_old_key ? LockTupleExclusive : LockTupleNoKeyExclusive))
 		return;
 	if (Resolve(session, target, leaf, Type::UpdateMissing, search) == Action::Insert)
@@ -390,7 +448,7 @@ Delete(Session *session, Target *target, const change::Change *change)
 	Leaf *leaf = Route(target, target->search);
 	TupleTableSlot *search = ToLeaf(leaf, target->search);
 
-	if (!DeleteRow(target, leaf, search))
+	if (!DeleteRow(session, target, leaf, search))
 		Resolve(session, target, leaf, Type::DeleteMissing, search);
 }
 

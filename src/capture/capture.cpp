@@ -117,25 +117,28 @@ KindFor(CapturedTable *table, Target *target, TupleTableSlot *old_row, TupleTabl
 static void
 Append(Target *target, change::Kind kind, TupleTableSlot *old_row, TupleTableSlot *new_row)
 {
-	transaction::Work *work = transaction::Use(RouteOf(target));
+	transaction::Route route = RouteOf(target);
+	transaction::Work *work = transaction::Use(route);
 
 	if (work == NULL)
 		return;
 	change::Segment *segment = transaction::SegmentFor(work);
+	change::RelationEncoder *encoder =
+		route.sync && transaction::IsSync(work) ? target->checked_encoder : target->encoder;
 
 	switch (kind)
 	{
 		case change::kInsert:
-			change::AppendInsert(segment, target->encoder, new_row);
+			change::AppendInsert(segment, encoder, new_row);
 			break;
 		case change::kUpdate:
-			change::AppendUpdate(segment, target->encoder, old_row, new_row);
+			change::AppendUpdate(segment, encoder, old_row, new_row);
 			break;
 		case change::kDelete:
-			change::AppendDelete(segment, target->encoder, old_row);
+			change::AppendDelete(segment, encoder, old_row);
 			break;
 		default:
-			change::AppendTruncate(segment, target->encoder);
+			change::AppendTruncate(segment, encoder);
 			break;
 	}
 	transaction::Appended(work, segment);

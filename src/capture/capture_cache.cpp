@@ -173,6 +173,8 @@ BuildEncoder(Target *target, Relation rel, const catalog::Pair *pair)
 	spec.n_columns = ChooseColumns(rel, pair, columns);
 	spec.columns = columns;
 	target->encoder = change::BuildRelationEncoder(spec, RelationGetDescr(rel));
+	spec.checked = true;
+	target->checked_encoder = change::BuildRelationEncoder(spec, RelationGetDescr(rel));
 	target->subset = pair->columns != NIL;
 }
 

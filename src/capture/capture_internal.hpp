@@ -18,6 +18,7 @@ struct Target
 	int32 pair_id; /* 0: a trigger made by hand */
 	transaction::Route route;
 	change::RelationEncoder *encoder;
+	change::RelationEncoder *checked_encoder; /* for sync mode: with the old row */
 	bool subset;	   /* an update that touches none of the columns is no change */
 	ExprState *filter; /* NULL: every row */
 };

@@ -141,6 +141,7 @@ ReadNames(Reader *in, Relation *rel)
 	uint8 shape = in->U8();
 
 	rel->conflict = ConflictOf(shape & kConflictMask);
+	rel->checked = (shape & kChecked) != 0;
 	rel->remote_schema = (shape & kPublic) ? pstrdup("public") : in->String();
 	rel->remote_table = in->String();
 	rel->local_schema = (shape & kSameNames) ? rel->remote_schema : in->String();
@@ -193,12 +194,13 @@ DefineRelation(Decoder *decoder, uint8 number)
 	decoder->relations[number] = ReadRelation(&decoder->reader);
 }
 
-static Value *
-EnsureValues(Value **values, int *capacity, int need)
+template <typename Element>
+static Element *
+EnsureValues(Element **values, int *capacity, int need)
 {
 	if (need > *capacity)
 	{
-		*values = (Value *) palloc(sizeof(Value) * need);
+		*values = (Element *) palloc(sizeof(Element) * need);
 		*capacity = need;
 	}
 	return *values;
@@ -239,6 +241,52 @@ ReadRow(Decoder *decoder, const Relation *rel)
 	ReadValues(&decoder->reader, decoder->change.row, rel->n_columns);
 }
 
+/* What one column held before. */
+static void
+ReadOldValue(Reader *in, const Column *column, OldValue *old)
+{
+	*old = {};
+	if (column->binary && IsFixed(WireOf(column->type)))
+	{
+		ReadValues(in, &old->value, 1);
+		return;
+	}
+	uint64 length = in->Varint();
+
+	if (length == 0)
+		return;
+	if (length == 1)
+	{
+		length = in->Varint();
+		old->value.length = (uint32) Min(length, (uint64) PG_UINT32_MAX);
+		old->digest = in->Bytes(kDigestBytes);
+		return;
+	}
+	if (length - 2 > in->length - in->position)
+		Malformed("A value is longer than its segment.");
+	old->value.length = (uint32) (length - 2);
+	old->value.data = in->Bytes(old->value.length);
+}
+
+/* The old row of a checked relation's change; an update says which columns had other values. */
+static void
+ReadOldRow(Decoder *decoder, const Relation *rel, bool update)
+{
+	Reader *in = &decoder->reader;
+	const char *bitmap = update ? in->Bytes((rel->n_columns + 7) / 8) : NULL;
+
+	decoder->change.old =
+		EnsureValues(&decoder->old_values, &decoder->old_capacity, Max(rel->n_columns, 1));
+	for (int i = 0; i < rel->n_columns; i++)
+	{
+		OldValue *old = &decoder->change.old[i];
+
+		*old = {.same = true};
+		if (bitmap != NULL ? (bitmap[i / 8] >> (i % 8) & 1) != 0 : !rel->columns[i].key)
+			ReadOldValue(in, &rel->columns[i], old);
+	}
+}
+
 const Change *
 Next(Decoder *decoder)
 {
@@ -269,10 +317,14 @@ Next(Decoder *decoder)
 		case kUpdateRow:
 			change->kind = kUpdate;
 			ReadRow(decoder, rel);
+			if (rel->checked)
+				ReadOldRow(decoder, rel, true);
 			break;
 		case kDeleteRow:
 			change->kind = kDelete;
 			ReadKey(decoder, rel);
+			if (rel->checked)
+				ReadOldRow(decoder, rel, false);
 			break;
 		case kEmpty:
 			change->kind = kTruncate;

@@ -12,53 +12,6 @@ constexpr uint64 kSegmentLimit = MaxAllocSize - 65536;
 
 static uint64 last_serial;
 
-Wire
-WireOf(Oid base_type)
-{
-	switch (base_type)
-	{
-		case BOOLOID:
-			return Wire::Bool;
-		case INT2OID:
-			return Wire::Int16;
-		case INT4OID:
-		case DATEOID:
-			return Wire::Int32;
-		case INT8OID:
-		case TIMEOID:
-		case TIMESTAMPOID:
-		case TIMESTAMPTZOID:
-		case MONEYOID:
-			return Wire::Int64;
-		case OIDOID:
-		case FLOAT4OID:
-			return Wire::Bits32;
-		case FLOAT8OID:
-			return Wire::Bits64;
-		case TEXTOID:
-		case VARCHAROID:
-		case BPCHAROID:
-		case BYTEAOID:
-			return Wire::Varlena;
-		case UUIDOID:
-			return Wire::Uuid;
-		case NUMERICOID:
-		case INTERVALOID:
-		case TIMETZOID:
-		case INETOID:
-		case CIDROID:
-		case MACADDROID:
-		case MACADDR8OID:
-		case BITOID:
-		case VARBITOID:
-		case POINTOID:
-		case BOXOID:
-			return Wire::Function;
-		default:
-			return Wire::Text;
-	}
-}
-
 /* ---- raw output into a segment: a cursor that is committed at the end ---- */
 
 struct Cursor
@@ -245,33 +198,44 @@ PutFixed(Cursor &out, Wire wire, Datum value)
 static void
 PutValue(Cursor &out, ColumnEncoder *column, Datum value, bool isnull)
 {
-	if (isnull)
-	{
-		out.Varint(0);
-		return;
-	}
 	Wire wire = column->wire;
 
-	if (wire == Wire::Varlena)
-	{
-		struct varlena *bytes = PG_DETOAST_DATUM_PACKED(value);
-
-		out.Sized(VARDATA_ANY(bytes), VARSIZE_ANY_EXHDR(bytes));
-	}
-	else if (wire == Wire::Function)
-	{
-		bytea *bytes = SendFunctionCall(&column->output, value);
-
-		out.Sized(VARDATA_ANY(bytes), VARSIZE_ANY_EXHDR(bytes));
-	}
-	else if (wire == Wire::Text)
-	{
-		char *text = OutputFunctionCall(&column->output, value);
-
-		out.Sized(text, strlen(text));
-	}
-	else
+	if (isnull)
+		out.Varint(0);
+	else if (IsFixed(wire))
 		PutFixed(out, wire, value);
+	else
+	{
+		Value bytes = BytesOf(wire, &column->output, value);
+
+		out.Sized(bytes.data, bytes.length);
+	}
+}
+
+/* What the column held before; a long value's digest. */
+static void
+PutOldValue(Cursor &out, ColumnEncoder *column, Datum value, bool isnull)
+{
+	Wire wire = column->wire;
+
+	if (isnull)
+		out.Varint(0);
+	else if (IsFixed(wire))
+		PutFixed(out, wire, value);
+	else
+	{
+		Value bytes = BytesOf(wire, &column->output, value);
+
+		if (bytes.length <= kDigestFrom)
+		{
+			out.Varint((uint64) bytes.length + 2);
+			memcpy(out.Reserve(bytes.length), bytes.data, bytes.length);
+			return;
+		}
+		out.Varint(1);
+		out.Varint(bytes.length);
+		Digest(bytes.data, bytes.length, out.Reserve(kDigestBytes));
+	}
 }
 
 /* All columns, or the key columns only. */
@@ -308,29 +272,64 @@ AppendInsert(Segment *segment, RelationEncoder *rel, TupleTableSlot *row)
 	Commit(out);
 }
 
-/* Whether any key column's value is another one, to the byte. */
+/* Whether a column has another value, to the byte.  A value that stayed in TOAST is not read. */
+static bool
+ValueChanged(int at, TupleTableSlot *old_row, TupleTableSlot *new_row)
+{
+	Form_pg_attribute attribute = TupleDescAttr(new_row->tts_tupleDescriptor, at);
+	Datum before = old_row->tts_values[at];
+	Datum after = new_row->tts_values[at];
+
+	if (old_row->tts_isnull[at] || new_row->tts_isnull[at])
+		return old_row->tts_isnull[at] != new_row->tts_isnull[at];
+	if (attribute->attlen == -1 && VARATT_IS_EXTERNAL_ONDISK(DatumGetPointer(before)) &&
+		VARATT_IS_EXTERNAL_ONDISK(DatumGetPointer(after)) &&
+		memcmp(DatumGetPointer(before), DatumGetPointer(after), TOAST_POINTER_SIZE) == 0)
+		return false;
+	return !datum_image_eq(before, after, attribute->attbyval, attribute->attlen);
+}
+
 static bool
 KeyChanged(RelationEncoder *rel, TupleTableSlot *old_row, TupleTableSlot *new_row)
 {
-	TupleDesc desc = new_row->tts_tupleDescriptor;
-
 	slot_getallattrs(old_row);
 	slot_getallattrs(new_row);
 	for (int i = 0; i < rel->n_columns; i++)
+		if (rel->columns[i].key && ValueChanged(rel->columns[i].attnum - 1, old_row, new_row))
+			return true;
+	return false;
+}
+
+/* What the update's other columns held before: a bitmap, and the values that were others. */
+static void
+PutBefore(Cursor &out, RelationEncoder *rel, TupleTableSlot *old_row, TupleTableSlot *new_row)
+{
+	uint32 bitmap_at = out.position;
+	uint32 bitmap_bytes = (rel->n_columns + 7) / 8;
+
+	memset(out.Reserve(bitmap_bytes), 0, bitmap_bytes);
+	for (int i = 0; i < rel->n_columns; i++)
 	{
 		int at = rel->columns[i].attnum - 1;
-		Form_pg_attribute attribute = TupleDescAttr(desc, at);
+
+		if (rel->columns[i].key || !ValueChanged(at, old_row, new_row))
+			continue;
+		out.segment->data[VARHDRSZ + bitmap_at + i / 8] |= (char) (1 << (i % 8));
+		PutOldValue(out, &rel->columns[i], old_row->tts_values[at], old_row->tts_isnull[at]);
+	}
+}
+
+/* The deleted row outside of its key. */
+static void
+PutRest(Cursor &out, RelationEncoder *rel, TupleTableSlot *old_row)
+{
+	for (int i = 0; i < rel->n_columns; i++)
+	{
+		int at = rel->columns[i].attnum - 1;
 
 		if (!rel->columns[i].key)
-			continue;
-		if (old_row->tts_isnull[at] != new_row->tts_isnull[at])
-			return true;
-		if (!old_row->tts_isnull[at] &&
-			!datum_image_eq(old_row->tts_values[at], new_row->tts_values[at], attribute->attbyval,
-							attribute->attlen))
-			return true;
+			PutOldValue(out, &rel->columns[i], old_row->tts_values[at], old_row->tts_isnull[at]);
 	}
-	return false;
 }
 
 void
@@ -345,6 +344,8 @@ AppendUpdate(Segment *segment, RelationEncoder *rel, TupleTableSlot *old_row,
 	if (key_changed)
 		PutTuple(out, rel, old_row, true);
 	PutTuple(out, rel, new_row, false);
+	if (rel->checked)
+		PutBefore(out, rel, old_row, new_row);
 	Commit(out);
 }
 
@@ -356,6 +357,8 @@ AppendDelete(Segment *segment, RelationEncoder *rel, TupleTableSlot *old_row)
 
 	out.Head(kDeleteRow, number);
 	PutTuple(out, rel, old_row, true);
+	if (rel->checked)
+		PutRest(out, rel, old_row);
 	Commit(out);
 }
 
@@ -452,8 +455,9 @@ PutNames(StringInfo buf, const RelationSpec &spec)
 	bool same = strcmp(spec.remote_schema, spec.local_schema) == 0 &&
 				strcmp(spec.remote_table, spec.local_table) == 0;
 
-	appendStringInfoCharMacro(buf, (char) (ConflictBits(spec.conflict) | (is_public ? kPublic : 0) |
-										   (same ? kSameNames : 0)));
+	appendStringInfoCharMacro(buf,
+							  (char) (ConflictBits(spec.conflict) | (is_public ? kPublic : 0) |
+									  (same ? kSameNames : 0) | (spec.checked ? kChecked : 0)));
 	if (!is_public)
 		PutString(buf, spec.remote_schema);
 	PutString(buf, spec.remote_table);
@@ -470,6 +474,7 @@ BuildRelationEncoder(const RelationSpec &spec, TupleDesc desc)
 	StringInfoData buf;
 
 	rel->serial = ++last_serial;
+	rel->checked = spec.checked;
 	rel->n_columns = spec.n_columns;
 	rel->columns = (ColumnEncoder *) palloc0(sizeof(ColumnEncoder) * spec.n_columns);
 	initStringInfo(&buf);

@@ -16,6 +16,12 @@ namespace mmrepl::change
  */
 Wire WireOf(Oid base_type);
 
+/* Whether values are put without calling a function, as wide as their type says. */
+bool IsFixed(Wire wire);
+
+/* The bytes of a value that is not of fixed width; in the current context or inside the value. */
+Value BytesOf(Wire wire, FmgrInfo *output, Datum value);
+
 /* OIDs below this are assigned by hand and equal on all servers. */
 constexpr Oid kFirstUnstableOid = 10000;
 

@@ -55,14 +55,17 @@ RemoteWins(Type type, bool row_known)
 	return Action::Error;
 }
 
-/* Total: every type under every rule has an answer. */
+/*
+ * Total: every type under every rule has an answer.  Nothing is overwritten while
+ * the writer can be told that the rows are not what he has seen.
+ */
 Action
-Decide(Type type, change::Conflict rule, bool row_known)
+Decide(Type type, change::Conflict rule, bool row_known, bool at_writer)
 {
 	switch (rule)
 	{
 		case change::Conflict::ApplyRemote:
-			return RemoteWins(type, row_known);
+			return at_writer ? Action::Error : RemoteWins(type, row_known);
 		case change::Conflict::KeepLocal:
 			return Action::Skip;
 		case change::Conflict::Error:

@@ -92,6 +92,12 @@ Use(const Route &route)
 	return work;
 }
 
+bool
+IsSync(const Work *work)
+{
+	return work->sync;
+}
+
 /* ---- segments and marks ---- */
 
 static void

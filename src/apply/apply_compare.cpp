@@ -1,0 +1,219 @@
+/*
+ * apply_compare.cpp
+ *		Whether the row that is here is the one that was changed at the sender.
+ *
+ * Two values are the same when their datums are, byte for byte, or when they
+ * look the same in the form in which they travel: what counts is what the
+ * sender could have sent.
+ */
+#include "apply_internal.hpp"
+
+namespace mmrepl::apply
+{
+
+constexpr int kShownBytes = 64; /* of each value of a row in a message */
+
+/* ---- comparing ---- */
+
+/* Whether the column's bytes are text on the wire, in the sender's encoding. */
+static bool
+IsTextOnWire(const change::Column *column)
+{
+	return !column->binary || column->type == TEXTOID || column->type == VARCHAROID ||
+		   column->type == BPCHAROID;
+}
+
+/* A stored value as the sender's trigger would have sent it. */
+static change::Value
+ToWire(Session *session, const change::Column *column, Oid type, Datum stored)
+{
+	change::Value value = change::WireBytes(column, type, stored);
+
+	if (!IsTextOnWire(column))
+		return value;
+	char *text = pg_server_to_any(value.data, (int) value.length, session->header.encoding);
+
+	return text == value.data ? value : change::Value{text, (uint32) strlen(text)};
+}
+
+/* Whether the stored value is the one whose digest came. */
+static bool
+MatchesDigest(Session *session, const change::Column *column, Oid type, Datum stored,
+			  const change::OldValue *old)
+{
+	char digest[change::kDigestBytes];
+
+	NeedTextFormat(session);
+	change::Value value = ToWire(session, column, type, stored);
+
+	if (value.length != old->value.length)
+		return false;
+	change::Digest(value.data, value.length, digest);
+	return memcmp(digest, old->digest, sizeof(digest)) == 0;
+}
+
+/* Whether two values of the column look the same. */
+static bool
+SameText(Session *session, Form_pg_attribute attribute, Datum one, Datum other)
+{
+	Oid function;
+	bool is_varlena;
+
+	NeedTextFormat(session);
+	getTypeOutputInfo(attribute->atttypid, &function, &is_varlena);
+	return strcmp(OidOutputFunctionCall(function, one), OidOutputFunctionCall(function, other)) ==
+		   0;
+}
+
+/* Whether the column of the found row holds what it held at the sender. */
+static bool
+IsSame(Session *session, Target *target, const change::Change *change, int i, TupleTableSlot *found)
+{
+	Field *field = &target->fields[i];
+	const change::OldValue *old = &change->old[i];
+	int at = field->attnum - 1;
+	Form_pg_attribute attribute = TupleDescAttr(RelationGetDescr(target->rel), at);
+	bool is_null =
+		old->same ? target->row->tts_isnull[at] : old->value.data == NULL && old->digest == NULL;
+
+	if (found->tts_isnull[at] || is_null)
+		return found->tts_isnull[at] == is_null;
+	if (old->digest != NULL)
+		return MatchesDigest(session, &change->relation->columns[i], attribute->atttypid,
+							 found->tts_values[at], old);
+	Datum expected = old->same
+						 ? target->row->tts_values[at]
+						 : ReadField(session, field, &change->relation->columns[i], &old->value);
+
+	return datum_image_eq(found->tts_values[at], expected, attribute->attbyval,
+						  attribute->attlen) ||
+		   (!attribute->attbyval && SameText(session, attribute, found->tts_values[at], expected));
+}
+
+/* Columns that are generated here, and the key by which the row was found, are not compared. */
+bool
+IsExpectedRow(Session *session, Target *target, Leaf *leaf, const change::Change *change)
+{
+	TupleTableSlot *found;
+
+	if (!change->relation->checked)
+		return true;
+	found = FoundInRoot(leaf);
+	slot_getallattrs(found);
+	for (int i = 0; i < target->n_fields; i++)
+		if (!change->relation->columns[i].key && target->fields[i].form != Form::Ignore &&
+			!IsSame(session, target, change, i, found))
+			return false;
+	return true;
+}
+
+/* ---- showing ---- */
+
+static void
+AppendShown(StringInfo out, bool first, const char *text)
+{
+	int length = (int) strlen(text);
+	int shown = pg_mbcliplen(text, length, kShownBytes);
+
+	appendStringInfo(out, "%s%.*s%s", first ? "" : ", ", shown, text, shown < length ? "..." : "");
+}
+
+/* A value that came, in the server's encoding. */
+static const char *
+TextOf(Session *session, const change::Column *column, const change::Value *value)
+{
+	if (value->data == NULL)
+		return "null";
+	if (IsTextOnWire(column))
+		return ToServer(session, value->data, value->length);
+	return change::ValueText(column, value);
+}
+
+static const char *
+OldText(Session *session, const change::Change *change, int i, int *key)
+{
+	const change::Column *column = &change->relation->columns[i];
+	const change::OldValue *old = &change->old[i];
+
+	if (column->key && change->key != NULL)
+		return TextOf(session, column, &change->key[(*key)++]);
+	if (old->same)
+		return TextOf(session, column, &change->row[i]);
+	if (old->digest != NULL)
+		return psprintf("<%u bytes>", old->value.length);
+	return TextOf(session, column, &old->value);
+}
+
+/* The row as it was at the sender. */
+static void
+AppendExpected(StringInfo out, Session *session, const change::Change *change)
+{
+	int key = 0;
+
+	for (int i = 0; i < change->relation->n_columns; i++)
+		AppendShown(out, i == 0, OldText(session, change, i, &key));
+}
+
+static void
+AppendFound(StringInfo out, Target *target, TupleTableSlot *found)
+{
+	TupleDesc desc = RelationGetDescr(target->rel);
+
+	for (int i = 0; i < target->n_fields; i++)
+	{
+		int at = target->fields[i].attnum - 1;
+		Oid function;
+		bool is_varlena;
+
+		if (found->tts_isnull[at])
+		{
+			AppendShown(out, i == 0, "null");
+			continue;
+		}
+		getTypeOutputInfo(TupleDescAttr(desc, at)->atttypid, &function, &is_varlena);
+		AppendShown(out, i == 0, OidOutputFunctionCall(function, found->tts_values[at]));
+	}
+}
+
+static void
+AppendNames(StringInfo out, const Target *target)
+{
+	TupleDesc desc = RelationGetDescr(target->rel);
+
+	for (int i = 0; i < target->n_fields; i++)
+		appendStringInfo(out, "%s%s", i ? ", " : "",
+						 quote_identifier(
+							 NameStr(TupleDescAttr(desc, target->fields[i].attnum - 1)->attname)));
+}
+
+/* NULL for a caller who may not read the table. */
+char *
+DescribeRows(Session *session, Target *target, Leaf *leaf)
+{
+	const change::Change *change = session->change;
+	StringInfoData out;
+
+	if (change->old == NULL || pg_class_aclcheck(RelationGetRelid(target->rel), session->caller,
+												 ACL_SELECT) != ACLCHECK_OK)
+		return NULL;
+	NeedTextFormat(session);
+	initStringInfo(&out);
+	appendStringInfoString(&out, "The row that was changed: (");
+	AppendNames(&out, target);
+	appendStringInfoString(&out, ") = (");
+	AppendExpected(&out, session, change);
+	if (leaf == NULL)
+	{
+		appendStringInfoString(&out, "). There is no such row at the peer.");
+		return out.data;
+	}
+	TupleTableSlot *found = FoundInRoot(leaf);
+
+	slot_getallattrs(found);
+	appendStringInfoString(&out, "). The row at the peer: (");
+	AppendFound(&out, target, found);
+	appendStringInfoString(&out, ").");
+	return out.data;
+}
+
+} // namespace mmrepl::apply
