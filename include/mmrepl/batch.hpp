@@ -11,7 +11,8 @@
  *	 flags		 kInline: sent in a user's transaction (sync): no watermark is
  *				 looked at, the transaction's marker (node, xid) is inserted once.
  *				 kMore: the last transaction goes on in a further batch of the same
- *				 remote transaction (part counts from 0); kFirst: part 0 of such.
+ *				 remote transaction (part counts from 0), or, inline, the statement
+ *				 does: what is to be checked at its end is not checked yet; kFirst: part 0 of such.
  *	 previous	 watermark that must be there before (fence against a batch that
  *				 overtakes a failed one); last: the watermark afterwards.
  *	 sweep_xid	 markers of this node with a lower xid are no longer needed (0: none).
@@ -32,6 +33,9 @@ constexpr int kProtocol = 1;
 constexpr uint8 kInline = 1; /* flags of a batch */
 constexpr uint8 kFirst = 2;
 constexpr uint8 kMore = 4;
+
+/* What apply() returns for an inline batch when something may be checked at the end only. */
+constexpr uint64 kMayDefer = 1;
 
 constexpr uint8 kMarked = 1; /* flags of a transaction */
 constexpr uint8 kLate = 2;

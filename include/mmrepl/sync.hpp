@@ -40,6 +40,8 @@ struct Work
 	int remote_level;  /* nest level that the peer is at: 1 = no savepoint */
 	uint32 parts;	   /* batches sent so far */
 	int release_level; /* this savepoint and those above it are to be released; 0: none */
+	bool goes_on;	   /* what is flushed next is not the end of its statement */
+	bool may_defer;	   /* the peer may have something to check before its COMMIT */
 	uint64 serial;	   /* the connection's, to notice that it was replaced */
 	Phase phase;
 	char gid[kGidLength]; /* set before it is prepared */

@@ -248,6 +248,7 @@ ApplyTransactions(Session *session, uint64 watermark)
 {
 	bool apply = false;
 
+	BeginBatchTriggers(session);
 	for (bool first = true; !session->reader.AtEnd(); first = false)
 	{
 		Transaction transaction;
@@ -268,6 +269,8 @@ ApplyTransactions(Session *session, uint64 watermark)
 		FlushTruncates(session);
 		MMREPL_FAULT_POINT("apply-transaction-written");
 	}
+	FlushAllCollected(session);
+	EndBatchTriggers(session);
 	CloseTargets(session);
 	return apply;
 }

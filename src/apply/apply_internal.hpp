@@ -7,6 +7,7 @@
  *	 apply_progress.cpp	watermark rows and markers
  *	 apply_target.cpp	a table that is written, opened once a batch
  *	 apply_keep.cpp		what is kept of it for the next batch
+ *	 apply_trigger.cpp	which triggers fire, and when
  *	 apply_value.cpp	from a change's bytes to datums
  *	 apply_find.cpp		the row that a key names, locked
  *	 apply_compare.cpp	whether the row that is here is the one that was changed
@@ -129,10 +130,13 @@ struct Target
 	const char *table;
 	Relation rel;
 	Oid owner;
-	bool trusted;	 /* the owner may act as the caller anyway */
-	bool fires;		 /* a leaf does */
-	AclMode checked; /* privileges that the caller has proved */
+	bool trusted;	   /* the owner may act as the caller anyway */
+	bool fires;		   /* a leaf does */
+	bool rechecks_now; /* a leaf has rechecks that do not wait for the transaction's end */
+	AclMode checked;   /* privileges that the caller has proved */
 	change::Conflict rule;
+	bool carries_old; /* the relation is checked: made in sync mode */
+	bool at_writer;	  /* opened by an inline batch, which checks more */
 	EState *estate;
 	EPQState epq;
 	ResultRelInfo *info;
@@ -180,6 +184,7 @@ struct Session
 	Target *collected; /* targets with inserts that wait (apply_bulk.cpp) */
 	List *truncated;   /* relations of TRUNCATE records that wait to be done together */
 	int64 conflicts;
+	bool may_defer;			/* something may wait for the transaction's end to be checked */
 	StringInfoData scratch; /* a value's bytes, for receive functions */
 
 	/* For messages. */
@@ -249,7 +254,7 @@ void CloseTargets(Session *session);
 /* Owner and rights of target->rel, which was opened just now. */
 void AdoptRelation(Session *session, Target *target);
 /* The leaf that holds, or would hold, the row (root layout). */
-Leaf *Route(Target *target, TupleTableSlot *row);
+Leaf *Route(Session *session, Target *target, TupleTableSlot *row);
 /* The row in the leaf's layout. */
 TupleTableSlot *ToLeaf(Leaf *leaf, TupleTableSlot *row);
 /* The leaf's existing row in the root's layout. */
@@ -267,6 +272,16 @@ void Keep(Target *target);
 /* Grows when this process learns of a change to a relation's definition. */
 uint64 RelationChanges();
 
+/* ---- apply_trigger.cpp ---- */
+
+/* Choose the leaf's triggers; sets fires and queues. */
+void TuneTriggers(Session *session, Target *target, Leaf *leaf);
+bool HasFiringTriggers(Relation rel);
+bool FiresAtOnce(const Session *session, const Target *target);
+/* Around the changes of a batch. */
+void BeginBatchTriggers(const Session *session);
+void EndBatchTriggers(const Session *session);
+
 /* ---- apply_value.cpp ---- */
 
 /* A name or other text of the sender in this database's encoding, checked. */
@@ -282,8 +297,6 @@ void FillDefaults(Target *target);
 void ReadKey(Session *session, Target *target, const change::Change *change);
 void KeyOfRow(Target *target);
 
-/* The settings of text forms hold from now until the end of the call. */
-void NeedTextFormat(Session *session);
 /* The datum of a value that is not NULL, in the current context. */
 Datum ReadField(Session *session, Field *field, const change::Column *column,
 				const change::Value *value);

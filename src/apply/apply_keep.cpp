@@ -178,6 +178,7 @@ FindKept(Session *session, const change::Relation *relation)
 			continue;
 		}
 		if (target->encoding == session->header.encoding &&
+			target->at_writer == session->header.Inline() &&
 			target->raw_length == relation->raw_length &&
 			memcmp(target->raw, relation->raw, relation->raw_length) == 0)
 			return target;

@@ -212,85 +212,6 @@ RequireKeyIndex(Relation rel, const AttrNumber *attnums, int count)
 
 /* ---- leaves ---- */
 
-/* Whether the trigger captures changes for a pair. */
-static bool
-IsOurTrigger(const Trigger *trigger)
-{
-	return get_func_namespace(trigger->tgfoid) == catalog::GetRelations().schema;
-}
-
-/* Whether the trigger is the second look at a deferrable constraint. */
-static bool
-IsRecheck(const Trigger *trigger)
-{
-	return trigger->tgfoid == F_UNIQUE_KEY_RECHECK && trigger->tgdeferrable;
-}
-
-/* Whether the trigger is enabled in replica role. */
-static bool
-FiresOnReplica(const Trigger *trigger)
-{
-	return trigger->tgenabled == TRIGGER_FIRES_ALWAYS ||
-		   trigger->tgenabled == TRIGGER_FIRES_ON_REPLICA;
-}
-
-/* Whether a check of the index runs no code but the server's. */
-static bool
-IsPlainIndex(Oid index_oid)
-{
-	Relation index = index_open(index_oid, AccessShareLock);
-	bool plain = heap_attisnull(index->rd_indextuple, Anum_pg_index_indexprs, NULL) &&
-				 heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL);
-
-	index_close(index, NoLock);
-	return plain;
-}
-
-/*
- * The recheck of a deferrable unique constraint is an ordinary trigger, which
- * replica role would silence, and duplicates would stay: it is made to fire.
- * It waits for the transaction's end, because rows come one by one that changed
- * places in one statement; unless that would run an untrusted owner's code
- * when nobody guards against it any more.
- */
-static void
-TuneRecheck(Trigger *trigger, bool may_defer)
-{
-	trigger->tgenabled = TRIGGER_FIRES_ALWAYS;
-	trigger->tgdeferrable = trigger->tginitdeferred =
-		may_defer && IsPlainIndex(trigger->tgconstrindid);
-}
-
-/*
- * Leave in the leaf's private copy of the triggers those that have work to do
- * in replica role.  Our own would only return.
- */
-static void
-TuneTriggers(Target *target, Leaf *leaf)
-{
-	TriggerDesc *triggers = leaf->info->ri_TrigDesc;
-	int count = triggers ? triggers->numtriggers : 0;
-
-	for (int i = 0; i < count; i++)
-	{
-		Trigger *trigger = &triggers->triggers[i];
-
-		if (IsOurTrigger(trigger))
-			trigger->tgenabled = TRIGGER_DISABLED;
-		else if (TRIGGER_FOR_ROW(trigger->tgtype) && FiresOnReplica(trigger))
-			leaf->fires = leaf->queues = true;
-	}
-	target->fires |= leaf->fires;
-	for (int i = 0; i < count; i++)
-		if (IsRecheck(&triggers->triggers[i]))
-		{
-			TuneRecheck(&triggers->triggers[i], target->trusted || !leaf->fires);
-			leaf->queues = true;
-		}
-	if (!leaf->queues)
-		leaf->info->ri_TrigDesc = NULL;
-}
-
 /* Maps by name between the root's layout and the leaf's, where they differ. */
 static void
 InitMaps(Leaf *leaf, Relation root)
@@ -326,7 +247,7 @@ HasGeneratedColumns(Relation rel)
 
 /* Make the leaf of a relation whose indexes are open; in the executor's context. */
 static Leaf *
-MakeLeaf(Target *target, ResultRelInfo *info)
+MakeLeaf(Session *session, Target *target, ResultRelInfo *info)
 {
 	Leaf *leaf = (Leaf *) palloc0(sizeof(Leaf));
 	Relation rel = info->ri_RelationDesc;
@@ -334,7 +255,7 @@ MakeLeaf(Target *target, ResultRelInfo *info)
 
 	leaf->info = info;
 	leaf->schema = get_namespace_name(RelationGetNamespace(rel));
-	TuneTriggers(target, leaf);
+	TuneTriggers(session, target, leaf);
 	leaf->plain = !leaf->queues && !HasGeneratedColumns(rel);
 	if (info != target->info)
 		InitMaps(leaf, target->rel);
@@ -355,7 +276,7 @@ MakeLeaf(Target *target, ResultRelInfo *info)
 
 /* A partition that routing has just opened. */
 static Leaf *
-AdoptPartition(Target *target, ResultRelInfo *info)
+AdoptPartition(Session *session, Target *target, ResultRelInfo *info)
 {
 	Relation rel = info->ri_RelationDesc;
 
@@ -364,12 +285,12 @@ AdoptPartition(Target *target, ResultRelInfo *info)
 						errmsg("partition \"%s\" of \"%s.%s\" is not a table",
 							   RelationGetRelationName(rel), target->schema, target->table),
 						errhint("Only tables can be the target of replication.")));
-	return InContext(target->estate->es_query_cxt, [&] { return MakeLeaf(target, info); });
+	return InContext(target->estate->es_query_cxt, [&] { return MakeLeaf(session, target, info); });
 }
 
 /* Opens the partition when the row is the first for it; raises when there is none. */
 Leaf *
-Route(Target *target, TupleTableSlot *row)
+Route(Session *session, Target *target, TupleTableSlot *row)
 {
 	if (target->proute == NULL)
 		return target->leaves;
@@ -386,7 +307,7 @@ Route(Target *target, TupleTableSlot *row)
 		target->leaves = leaf;
 		return leaf;
 	}
-	return AdoptPartition(target, info);
+	return AdoptPartition(session, target, info);
 }
 
 /* The row itself, or the leaf's one slot for converted rows. */
@@ -452,10 +373,11 @@ InitTarget(Session *session, Target *target, const change::Relation *relation)
 	{
 		RequireKeyIndex(target->rel, target->key_attnums, target->n_keys);
 		InitRouting(target);
+		target->fires = HasFiringTriggers(target->rel);
 		return;
 	}
 	ExecOpenIndices(target->info, false);
-	InitBulk(target, MakeLeaf(target, target->info));
+	InitBulk(target, MakeLeaf(session, target, target->info));
 	JudgeKeeping(target);
 }
 
@@ -482,6 +404,8 @@ OpenTarget(Session *session, const change::Relation *relation)
 	target->raw_length = relation->raw_length;
 	target->encoding = session->header.encoding;
 	target->rule = relation->conflict;
+	target->carries_old = relation->checked;
+	target->at_writer = session->header.Inline();
 	session->schema = target->schema =
 		ToServer(session, relation->remote_schema, strlen(relation->remote_schema));
 	session->table = target->table =

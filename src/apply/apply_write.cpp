@@ -57,9 +57,9 @@ pg_attribute_noreturn() static void RefuseDifference(Session *session, Target *t
 
 /* Whether the change is executed inside the transaction that made it, in sync mode. */
 static bool
-IsAtWriter(const Session *session)
+IsAtWriter(const Session *session, const Target *target)
 {
-	return session->header.Inline() && session->change->relation->checked;
+	return session->header.Inline() && target->carries_old;
 }
 
 /*
@@ -97,7 +97,7 @@ static Action
 Resolve(Session *session, Target *target, Leaf *leaf, Type type, TupleTableSlot *row)
 {
 	bool row_known = type != Type::DeleteMissing;
-	bool at_writer = IsAtWriter(session);
+	bool at_writer = IsAtWriter(session, target);
 	Action action = conflict::Decide(type, target->rule, row_known, at_writer);
 
 	session->conflicts++;
@@ -212,12 +212,12 @@ Merge(Target *target, Leaf *leaf)
 
 /* The row leaves its partition: delete there, insert where it belongs now. */
 static void
-Move(Target *target, Leaf *from)
+Move(Session *session, Target *target, Leaf *from)
 {
 	ExecMaterializeSlot(target->merged);
 	slot_getallattrs(target->merged);
 	DeleteFound(target, from);
-	Leaf *to = Route(target, target->merged);
+	Leaf *to = Route(session, target, target->merged);
 
 	StampCommand(target);
 	ExecSimpleRelationInsert(to->info, target->estate, ToLeaf(to, target->merged));
@@ -294,7 +294,7 @@ ExecuteUpdate(Target *target, Leaf *leaf, TupleTableSlot *row)
  * the leaf is plain and PeekRow() found it.  False: it was not and has changed.
  */
 static bool
-UpdateFound(Target *target, Leaf *leaf, bool locked)
+UpdateFound(Session *session, Target *target, Leaf *leaf, bool locked)
 {
 	Merge(target, leaf);
 	TupleTableSlot *row = ToLeaf(leaf, target->merged);
@@ -303,7 +303,7 @@ UpdateFound(Target *target, Leaf *leaf, bool locked)
 	{
 		if (!locked && !LockPeeked(leaf, LockTupleExclusive))
 			return false;
-		Move(target, leaf);
+		Move(session, target, leaf);
 		return true;
 	}
 	StampCommand(target);
@@ -343,13 +343,13 @@ UpdateRow(Session *session, Target *target, Leaf *leaf, TupleTableSlot *search, 
 	constexpr Type type = Type::UpdateOriginDiffers;
 
 	if (!leaf->plain)
-		return FindRow(leaf, search, mode) &&
-			   (!MayChange(session, target, leaf, type, search) || UpdateFound(target, leaf, true));
+		return FindRow(leaf, search, mode) && (!MayChange(session, target, leaf, type, search) ||
+											   UpdateFound(session, target, leaf, true));
 	CheckPublication(leaf, CMD_UPDATE);
 	while (PeekRow(leaf, search))
 	{
-		bool done =
-			!MayChange(session, target, leaf, type, search) || UpdateFound(target, leaf, false);
+		bool done = !MayChange(session, target, leaf, type, search) ||
+					UpdateFound(session, target, leaf, false);
 
 		ExecClearTuple(leaf->found);
 		if (done)
@@ -399,7 +399,7 @@ PlaceRow(Session *session, Target *target, Leaf *leaf, TupleTableSlot *row)
 	if (Resolve(session, target, leaf, Type::InsertExists, row) == Action::Apply)
 	{
 		CheckOnce(session, target, ACL_UPDATE);
-		(void) UpdateFound(target, leaf, true);
+		(void) UpdateFound(session, target, leaf, true);
 	}
 }
 
@@ -413,7 +413,7 @@ InsertRow(Session *session, Target *target)
 		Collect(session, target);
 		return;
 	}
-	Leaf *leaf = Route(target, target->row);
+	Leaf *leaf = Route(session, target, target->row);
 
 	PlaceRow(session, target, leaf, ToLeaf(leaf, target->row));
 }
@@ -427,7 +427,7 @@ Update(Session *session, Target *target, const change::Change *change)
 		ReadKey(session, target, change);
 	else
 		KeyOfRow(target);
-	Leaf *leaf = Route(target, target->search);
+	Leaf *leaf = Route(session, target, target->search);
 	TupleTableSlot *search = ToLeaf(leaf, target->search);
 
 	if (UpdateRow(session, target, leaf, search,
@@ -445,7 +445,7 @@ static void
 Delete(Session *session, Target *target, const change::Change *change)
 {
 	ReadKey(session, target, change);
-	Leaf *leaf = Route(target, target->search);
+	Leaf *leaf = Route(session, target, target->search);
 	TupleTableSlot *search = ToLeaf(leaf, target->search);
 
 	if (!DeleteRow(session, target, leaf, search))
@@ -467,13 +467,6 @@ NeededPrivilege(change::Kind kind)
 		default:
 			return ACL_DELETE;
 	}
-}
-
-/* Whether row triggers have to be collected: known for tables, not for partitions to come. */
-static bool
-MayQueueTriggers(const Target *target)
-{
-	return target->proute != NULL || target->leaves->queues;
 }
 
 /* Whether anything of ours may look at what the change wrote. */
@@ -531,11 +524,12 @@ ApplyRowChange(Session *session, const change::Change *change)
 	session->table = target->table;
 	CheckOnce(session, target, NeededPrivilege(change->kind));
 	if (session->collected != NULL)
-		FlushBefore(session, target, change->kind, MayQueueTriggers(target) || IsObserved(target));
+		FlushBefore(session, target, change->kind,
+					target->proute != NULL || target->leaves->queues || IsObserved(target));
 	ResetPerTupleExprContext(target->estate);
 	BecomeOwner(session, target->owner, target->trusted);
 	InContext(GetPerTupleMemoryContext(target->estate), [&] {
-		if (MayQueueTriggers(target))
+		if (FiresAtOnce(session, target))
 			DispatchWithTriggers(session, target, change);
 		else
 			Dispatch(session, target, change);

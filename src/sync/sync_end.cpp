@@ -60,6 +60,7 @@ Reset(Work *work)
 	work->remote_level = 1;
 	work->release_level = 0;
 	work->parts = 0;
+	work->may_defer = false;
 	work->serial = 0;
 	work->phase = Phase::Open;
 	work->commit_until = 0;

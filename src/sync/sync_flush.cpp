@@ -258,7 +258,10 @@ Flush(Work *work, Segment *first, int64 changes, uint64 xid, int nest_level, Fai
 	return true;
 }
 
-/* Let the peer check its deferred constraints now; raises as Flush does. */
+/*
+ * Let the peer check its deferred constraints now, if apply() has said that there
+ * may be some; raises as Flush does.
+ */
 void
 BeforeCommit(Work *work)
 {

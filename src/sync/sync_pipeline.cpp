@@ -75,7 +75,8 @@ QueueBatch(Pipeline *pipeline, const Segment *first, const Segment *end)
 
 	if (!pipeline->sent)
 		return;
-	header.flags = batch::kInline | (pipeline->parts == 0 ? batch::kFirst : 0);
+	header.flags = batch::kInline | (pipeline->parts == 0 ? batch::kFirst : 0) |
+				   (end != NULL || request->work->goes_on ? batch::kMore : 0);
 	header.node = catalog::NodeId();
 	header.stream = request->work->stream;
 	header.clock = ClockNow();
@@ -177,6 +178,8 @@ TakeResult(Pipeline *pipeline, const PGresult *res, char step, Outcome *outcome)
 	if (status == PGRES_COMMAND_OK || status == PGRES_TUPLES_OK)
 	{
 		Advance(pipeline->request->work, step);
+		if (step == kApply && delivery::ReadWatermark(res) == batch::kMayDefer)
+			pipeline->request->work->may_defer = true;
 		return;
 	}
 	if (*outcome == Outcome::Done)

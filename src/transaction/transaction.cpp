@@ -388,7 +388,7 @@ CountSyncFailure(Work *work)
 
 /* Send what is unsent up to and including `last`, captured at this nest level. */
 static bool
-FlushTo(Work *work, change::Segment *last, int level, connection::Failure *failure)
+FlushTo(Work *work, change::Segment *last, int level, bool goes_on, connection::Failure *failure)
 {
 	uint64 xid = U64FromFullTransactionId(GetTopFullTransactionId());
 	change::Segment *unsent = FirstUnsent(work);
@@ -398,6 +398,7 @@ FlushTo(Work *work, change::Segment *last, int level, connection::Failure *failu
 		return true;
 	change::Segment *rest = last->next;
 
+	work->inlined->goes_on = goes_on;
 	last->closed = true;
 	last->next = NULL; /* the flush takes the list as far as it goes */
 	Ensured([&] { done = sync::Flush(work->inlined, unsent, work->unsent, xid, level, failure); },
@@ -412,12 +413,13 @@ FlushBefore(Work *work, const Mark *mark, connection::Failure *failure)
 	if (mark == NULL)
 		return true;
 	return FlushBefore(work, mark->outer, failure) &&
-		   FlushTo(work, mark->segment, mark->outer != NULL ? mark->outer->level : 1, failure);
+		   FlushTo(work, mark->segment, mark->outer != NULL ? mark->outer->level : 1, true,
+				   failure);
 }
 
 /* Hand the work's unsent segments to the peer and wait for its answer. */
 static void
-FlushWork(Work *work)
+FlushWork(Work *work, bool goes_on)
 {
 	connection::Failure failure = {};
 	bool done = false;
@@ -432,9 +434,9 @@ FlushWork(Work *work)
 	MMREPL_FAULT_POINT("sync-begin");
 	Guarded(
 		[&] {
-			done =
-				PassFence(work, &failure) && FlushBefore(work, work->marks, &failure) &&
-				FlushTo(work, work->last, work->marks != NULL ? work->marks->level : 1, &failure);
+			done = PassFence(work, &failure) && FlushBefore(work, work->marks, &failure) &&
+				   FlushTo(work, work->last, work->marks != NULL ? work->marks->level : 1, goes_on,
+						   &failure);
 		},
 		[&] { CountSyncFailure(work); });
 	if (done)
@@ -457,7 +459,7 @@ FlushPending()
 		return;
 	current.pending_sync = false;
 	for (Work *work = current.works; work != NULL; work = work->next)
-		FlushWork(work);
+		FlushWork(work, false);
 }
 
 /* ---- accounting ---- */
@@ -479,7 +481,7 @@ Appended(Work *work, change::Segment *segment)
 	}
 	if (change::HasRoom(segment) || !OverBudget())
 		return;
-	FlushWork(work);
+	FlushWork(work, true);
 	SpillWork(work);
 }
 
