@@ -97,6 +97,13 @@ section 'the row at the peer is missing, or there already' => sub {
 	is(there('SELECT owner FROM acc WHERE id = 5'),
 		'there', 'nothing is overwritten');
 
+	# A copy is there to replace what the peer has.
+	$alpha->create_table_on_both($beta, 'CREATE TABLE copied (id int PRIMARY KEY, v text)');
+	here(q{INSERT INTO copied VALUES (1, 'here')});
+	there(q{INSERT INTO copied VALUES (1, 'there')});
+	$alpha->create_pair('copied', 'beta', q{mode => 'sync', copy_data => true});
+	$alpha->same_rows($beta, 'copied', name => 'copy_data overwrites');
+
 	# keep_local says that the peer's row is right.
 	here(q{SELECT mmrepl.alter_pair('acc', 'beta',
 			conflict_resolution => 'keep_local')});

@@ -28,6 +28,8 @@ enum class Phase
 
 constexpr int kGidLength = 96;
 
+struct Posted; /* private */
+
 struct Work
 {
 	int32 stream;
@@ -43,6 +45,7 @@ struct Work
 	bool goes_on;	   /* what is flushed next is not the end of its statement */
 	bool may_defer;	   /* the peer may have something to check before its COMMIT */
 	uint64 serial;	   /* the connection's, to notice that it was replaced */
+	Posted *posted;	   /* sent ahead of its flush; NULL: nothing */
 	Phase phase;
 	char gid[kGidLength]; /* set before it is prepared */
 	int64 commit_until;	  /* BeginCommit() has sent it; until when to wait; 0: it has not */
@@ -68,6 +71,17 @@ Work *Start(int32 stream, Oid server, Oid owner, const char *server_name);
  */
 bool Flush(Work *work, change::Segment *first, int64 changes, uint64 xid, int nest_level,
 		   connection::Failure *failure);
+
+/*
+ * Send what the next Flush() will begin with, and do not wait for the answer, so
+ * that several peers work at the same time.  That Flush must have the same
+ * arguments, and must follow before anything else is done with the work, or
+ * Unpost().  Raises cancels only; failures are left to the Flush.
+ */
+void Post(Work *work, change::Segment *first, uint64 xid, int nest_level);
+
+/* Give up what was posted: the remote transaction is lost.  Without effect when nothing was. */
+void Unpost(Work *work);
 
 /* Mirror the end of a subtransaction of nest_level. SubAbort raises nothing; it may set broken. */
 void SubCommit(Work *work, int nest_level);

@@ -404,6 +404,7 @@ Run(Session *session)
 		{
 			ApplyTransactions(session, 0);
 			MMREPL_FAULT_POINT("apply-inline-written");
+			watermark = session->may_defer ? batch::kMayDefer : 0;
 		}
 		else
 			watermark = ApplyQueued(session);

@@ -113,6 +113,9 @@ KindFor(CapturedTable *table, Target *target, TupleTableSlot *old_row, TupleTabl
 	return *kind != change::kUpdate || !target->subset || !TouchesNothing(target, old_row, new_row);
 }
 
+/* A copy of the table is under way: it replaces what the peer has. */
+static bool copying;
+
 /* Append one record to the target's part of the transaction. */
 static void
 Append(Target *target, change::Kind kind, TupleTableSlot *old_row, TupleTableSlot *new_row)
@@ -123,8 +126,9 @@ Append(Target *target, change::Kind kind, TupleTableSlot *old_row, TupleTableSlo
 	if (work == NULL)
 		return;
 	change::Segment *segment = transaction::SegmentFor(work);
-	change::RelationEncoder *encoder =
-		route.sync && transaction::IsSync(work) ? target->checked_encoder : target->encoder;
+	change::RelationEncoder *encoder = route.sync && transaction::IsSync(work) && !copying
+										   ? target->checked_encoder
+										   : target->encoder;
 
 	switch (kind)
 	{
@@ -258,9 +262,14 @@ CopyRows(Relation rel, int32 pair_id, const char *server)
 		CHECK_FOR_INTERRUPTS();
 		rows++;
 		InContext(per_row, [&] {
-			for (int i = 0; i < table->n_targets; i++)
-				if (table->targets[i].pair_id == pair_id)
-					CaptureRow(table, &table->targets[i], NULL, slot);
+			copying = true;
+			Ensured(
+				[&] {
+					for (int i = 0; i < table->n_targets; i++)
+						if (table->targets[i].pair_id == pair_id)
+							CaptureRow(table, &table->targets[i], NULL, slot);
+				},
+				[] { copying = false; });
 		});
 		MemoryContextReset(per_row);
 	}

@@ -61,6 +61,7 @@ Reset(Work *work)
 	work->release_level = 0;
 	work->parts = 0;
 	work->may_defer = false;
+	work->posted = NULL;
 	work->serial = 0;
 	work->phase = Phase::Open;
 	work->commit_until = 0;

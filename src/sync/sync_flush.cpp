@@ -107,8 +107,11 @@ Converse(const Request &request, Segment *first, bool *fresh)
 	Segment *next = first;
 	Outcome outcome = Outcome::Done;
 
-	if (!request.work->begun)
+	if (request.work->posted != NULL)
+		outcome = FinishPost(request, &next, fresh);
+	else if (!request.work->begun)
 		outcome = Reach(request, fresh);
+	next = FirstUnsent(next);
 	while (outcome == Outcome::Done && next != NULL)
 	{
 		outcome = SendPart(request, &next);
@@ -228,6 +231,40 @@ Reach(const Request &request, bool *fresh)
 }
 
 /*
+ * Errors of the peer and of the way to it are kept for the flush; what is raised
+ * is ours (a cancel), and nothing is posted then.
+ */
+void
+Post(Work *work, Segment *first, uint64 xid, int nest_level)
+{
+	uint32 kept = work->parts;
+	Segment *unsent = FirstUnsent(first);
+
+	if (unsent == NULL || work->broken || (work->begun && !Usable(work)))
+		return;
+	Guarded(
+		[&] {
+			Posted *posted =
+				StartPost({work, xid, nest_level, connection::DeadlineIn(guc::sync_timeout), NULL});
+
+			if (!work->begun)
+				posted->outcome = Reach(posted->request, &posted->fresh);
+			if (posted->outcome == Outcome::Done)
+				PostPart(posted, unsent);
+			work->posted = posted;
+		},
+		[&] { Abandon(work, kept); });
+}
+
+/* The answer will not be awaited: whatever the posted part has done is undone. */
+void
+Unpost(Work *work)
+{
+	if (work->posted != NULL)
+		Abandon(work, work->parts);
+}
+
+/*
  * Execute the unsent segments at the peer; the door says what comes of it.  A
  * cached connection that turns out dead at its first use is replaced once:
  * nothing of this transaction stands at the peer then.
@@ -271,7 +308,7 @@ BeforeCommit(Work *work)
 	PGresult *res = NULL;
 
 	RequireUsable(work);
-	if (!work->begun)
+	if (!work->begun || !work->may_defer)
 		return;
 	MMREPL_FAULT_POINT("sync-before-check");
 	Guarded([&] { res = connection::TryExec(work->conn, kCommand, 0, NULL, deadline, &failure); },

@@ -27,6 +27,36 @@ struct Request
 	connection::Failure *failure; /* filled unless Done */
 };
 
+/* A pipeline under way: the steps sent, and where the peer stands after them. */
+struct Pipeline
+{
+	const Request *request;
+	PGconn *conn;
+	StringInfoData steps;
+	uint32 parts;
+	bool sent; /* false: libpq refused to send */
+};
+
+/* A first part that was sent ahead of its flush, so that several peers work at a time. */
+struct Posted
+{
+	Request request;
+	connection::Failure failure;
+	Pipeline pipeline;
+	Outcome outcome;	  /* of the way to the peer; Done: the part was sent */
+	bool fresh;			  /* the connection was made for it */
+	change::Segment *end; /* behind the part */
+};
+
+/* A Posted that lives as long as the transaction, as do its strings. */
+Posted *StartPost(const Request &request);
+
+/* Send the first part, and do not wait. */
+void PostPart(Posted *posted, change::Segment *first);
+
+/* The answers to a part that was posted, or why it was not sent; moves *next behind it. */
+Outcome FinishPost(const Request &request, change::Segment **next, bool *fresh);
+
 /*
  * Get the session's connection into the work, introduced to the peer and with
  * the right lock_timeout; *fresh tells that it was just made.

@@ -36,16 +36,6 @@ enum Step : char
 	kApply = 'A'
 };
 
-/* A pipeline under way: the steps sent, and where the peer stands after them. */
-struct Pipeline
-{
-	const Request *request;
-	PGconn *conn;
-	StringInfoData steps;
-	uint32 parts;
-	bool sent; /* false: libpq refused to send */
-};
-
 /* Queue a command without parameters. */
 void
 QueueSql(Pipeline *pipeline, Step step, const char *sql)
@@ -243,6 +233,35 @@ Collect(Pipeline *pipeline)
 	}
 }
 
+/* Send a part with whatever has to be done before it; false when libpq cannot. */
+bool
+StartPart(Pipeline *pipeline, const Request *request, Segment *first, Segment *end)
+{
+	pipeline->request = request;
+	pipeline->conn = request->work->conn;
+	pipeline->parts = request->work->parts;
+	pipeline->sent = PQenterPipelineMode(pipeline->conn) == 1;
+	initStringInfo(&pipeline->steps);
+
+	QueuePrelude(pipeline);
+	QueueBatch(pipeline, first, end);
+	return pipeline->sent && PQpipelineSync(pipeline->conn) == 1;
+}
+
+/* Wait for the answers to a part that was sent. */
+Outcome
+FinishPart(Pipeline *pipeline)
+{
+	MMREPL_FAULT_POINT("sync-part-sent");
+	Outcome outcome = Collect(pipeline);
+
+	MMREPL_FAULT_POINT("sync-part-answer");
+	if (outcome != Outcome::Lost && PQexitPipelineMode(pipeline->conn) != 1)
+		outcome = LostUnless(pipeline, outcome);
+	pfree(pipeline->steps.data);
+	return outcome;
+}
+
 } // namespace
 
 /* One round trip with the next part of the segments; see the private header. */
@@ -251,25 +270,46 @@ SendPart(const Request &request, Segment **next)
 {
 	Pipeline pipeline = {};
 	Segment *end = EndOfPart(*next);
-	Outcome outcome;
 
-	pipeline.request = &request;
-	pipeline.conn = request.work->conn;
-	pipeline.parts = request.work->parts;
-	pipeline.sent = PQenterPipelineMode(pipeline.conn) == 1;
-	initStringInfo(&pipeline.steps);
-
-	QueuePrelude(&pipeline);
-	QueueBatch(&pipeline, *next, end);
-	if (!pipeline.sent || PQpipelineSync(pipeline.conn) != 1)
+	if (!StartPart(&pipeline, &request, *next, end))
 		return LostUnless(&pipeline, Outcome::Done);
-	MMREPL_FAULT_POINT("sync-part-sent");
-	outcome = Collect(&pipeline);
-	MMREPL_FAULT_POINT("sync-part-answer");
-	if (outcome != Outcome::Lost && PQexitPipelineMode(pipeline.conn) != 1)
-		outcome = LostUnless(&pipeline, outcome);
-	pfree(pipeline.steps.data);
 	*next = end;
+	return FinishPart(&pipeline);
+}
+
+Posted *
+StartPost(const Request &request)
+{
+	Posted *posted = (Posted *) MemoryContextAllocZero(TopTransactionContext, sizeof(Posted));
+
+	posted->request = request;
+	posted->request.failure = &posted->failure;
+	return posted;
+}
+
+/* What libpq keeps in its buffer goes out with the first look at the answers. */
+void
+PostPart(Posted *posted, Segment *first)
+{
+	posted->end = EndOfPart(first);
+	InContext(TopTransactionContext, [&] {
+		if (!StartPart(&posted->pipeline, &posted->request, first, posted->end))
+			posted->outcome = LostUnless(&posted->pipeline, Outcome::Done);
+	});
+}
+
+Outcome
+FinishPost(const Request &request, Segment **next, bool *fresh)
+{
+	Posted *posted = request.work->posted;
+	Outcome outcome = posted->outcome;
+
+	request.work->posted = NULL;
+	*fresh = posted->fresh;
+	if (outcome == Outcome::Done)
+		outcome = FinishPart(&posted->pipeline);
+	*request.failure = posted->failure;
+	*next = posted->end;
 	return outcome;
 }
 

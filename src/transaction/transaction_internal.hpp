@@ -107,6 +107,13 @@ const Resync *CopyOf(int32 stream);
 /* The part is not queued; a tombstone is, and the stream needs a resync when this commits. */
 bool GiveUpPart(Work *work, bool wait);
 
+/*
+ * Hand the work's unsent segments to the peer and wait for its answer; goes_on: they
+ * do not end their statement.  Raises what the peer refuses, and what its absence
+ * means by the pair's rule.
+ */
+void FlushWork(Work *work, bool goes_on);
+
 /* Undo and merge of subtransactions. */
 void UndoTo(Work *work, int level);
 void MergeInto(Work *work, int level);

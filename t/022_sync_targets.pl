@@ -1,0 +1,152 @@
+# One table with several targets in sync mode: they work at the same time, and
+# either all of them have a change or nobody.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/lib";
+
+use MmreplCluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes ();
+
+my $alpha = MmreplCluster->create('alpha');
+my $beta = MmreplCluster->create('beta');
+my @targets = ('one', 'two', 'three');
+my $delay = 3;
+
+sub here { return $alpha->safe_psql('postgres', $_[0]) }
+
+# The same query in every target; one answer if they agree.
+sub everywhere
+{
+	my ($sql) = @_;
+	my %answers = map { $beta->safe_psql($_, $sql) => 1 } @targets;
+	return join(' / ', sort keys %answers);
+}
+
+my $ddl = q{CREATE TABLE many (id int PRIMARY KEY, v text);
+	CREATE TABLE other (id int PRIMARY KEY, v text)};
+here($ddl);
+foreach my $target (@targets)
+{
+	$beta->install_extension($target);
+	$beta->safe_psql($target, $ddl);
+	$beta->safe_psql(
+		$target, qq{
+		CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS \$\$
+		BEGIN
+			IF NEW.v = 'slow' THEN
+				PERFORM pg_sleep($delay);
+			ELSIF NEW.v = 'bad for ' || current_database() THEN
+				RAISE EXCEPTION '% is bad', NEW.id;
+			END IF;
+			RETURN NEW;
+		END\$\$;
+		CREATE TRIGGER slow BEFORE INSERT OR UPDATE ON many
+		FOR EACH ROW EXECUTE FUNCTION slow();
+		ALTER TABLE many ENABLE ALWAYS TRIGGER slow});
+	$alpha->add_peer($beta, server => $target, peer_dbname => $target);
+	$alpha->create_pair('many', $target, q{mode => 'sync'});
+}
+my $session = $alpha->session;
+$session->ok(q{INSERT INTO many VALUES (0, 'first')});
+
+section 'at the same time' => sub {
+	foreach my $sql (
+		q{INSERT INTO many VALUES (1, 'slow')},
+		q{BEGIN; SAVEPOINT s; UPDATE many SET v = 'slow' WHERE id = 0; COMMIT},
+		q{SET mmrepl.sync_flush = 'commit'; INSERT INTO many VALUES (2, 'slow')})
+	{
+		my $start = Time::HiRes::time();
+
+		$session->ok($sql);
+		my $took = Time::HiRes::time() - $start;
+
+		cmp_ok($took, '>=', $delay, "$sql: all are waited for");
+		cmp_ok($took, '<', 2 * $delay, '... together');
+	}
+	$session->ok('RESET mmrepl.sync_flush');
+	is(everywhere('SELECT count(*) FROM many'), '3', 'all have it');
+};
+
+section 'all or none' => sub {
+	foreach my $target (@targets)
+	{
+		my ($out, $err) =
+		  $session->run("INSERT INTO many VALUES (10, 'bad for $target')");
+		like($err, qr/ERROR:  P0001: .*10 is bad.*server "$target"/s,
+			"$target refuses");
+	}
+	is(everywhere('SELECT count(*) FROM many'), '3', '... and none has it');
+
+	# Caught, all of them are back at the same point.
+	$session->ok(
+		q{DO $$
+		DECLARE target text;
+		BEGIN
+			INSERT INTO many VALUES (20, 'kept');
+			FOREACH target IN ARRAY '{one,two,three}'::text[] LOOP
+				BEGIN
+					UPDATE many SET v = 'gone' WHERE id = 20;
+					INSERT INTO many VALUES (21, 'bad for ' || target);
+				EXCEPTION WHEN raise_exception THEN
+					UPDATE many SET v = v || ' ' || target WHERE id = 20;
+				END;
+			END LOOP;
+		END$$});
+	is(everywhere('SELECT id, v FROM many WHERE id >= 20'),
+		'20|kept one two three', 'caught: the transaction goes on everywhere');
+	is(here('SELECT v FROM many WHERE id >= 20'), 'kept one two three', 'and here');
+};
+
+section 'sync, async and other tables' => sub {
+	$alpha->create_pair('other', 'one');
+	$alpha->create_pair('other', 'two', q{mode => 'sync'});
+	$session->ok(
+		q{BEGIN; INSERT INTO other VALUES (1, 'kept');
+		INSERT INTO many VALUES (30, 'kept');
+		INSERT INTO other VALUES (2, 'kept'); COMMIT});
+	is($beta->safe_psql('two', 'SELECT count(*) FROM other'),
+		'2', 'sync: at once');
+	$alpha->wait_caught_up('one');
+	is($beta->safe_psql('one', 'SELECT count(*) FROM other'),
+		'2', 'async, beside a sync pair for the same server');
+	is($beta->safe_psql('three', 'SELECT count(*) FROM other'), '0', 'no pair');
+
+	here(q{SELECT mmrepl.alter_pair('many', 'three', mode => 'async')});
+	my ($out, $err) =
+	  $session->run(q{INSERT INTO many VALUES (31, 'bad for two')});
+	like($err, qr/ERROR:  P0001/, 'one of two refuses');
+	$session->ok(q{INSERT INTO many VALUES (32, 'kept')});
+	$alpha->wait_caught_up('three');
+	is(everywhere('SELECT string_agg(id::text, $$ $$ ORDER BY id) FROM many WHERE id > 30'),
+		'32', 'the third, which is asynchronous, gets nothing of it either');
+	here(q{SELECT mmrepl.alter_pair('many', 'three', mode => 'sync')});
+};
+
+section 'cancelled while all of them work' => sub {
+	$session->ok('SELECT 1');
+	$session->start(q{INSERT INTO many VALUES (40, 'slow')});
+	$beta->poll_ok(
+		q{SELECT count(*) = 3 FROM pg_stat_activity
+		  WHERE client_addr IS NOT NULL AND wait_event = 'PgSleep'},
+		'three peers are busy');
+	here('SELECT pg_cancel_backend(' . $session->pid . ')');
+	my ($out, $err, $took) = $session->finish;
+
+	like($err, qr/ERROR:  57014/, 'cancelled');
+	$beta->poll_ok(
+		q{SELECT count(*) = 0 FROM pg_stat_activity
+		  WHERE client_addr IS NOT NULL AND state LIKE 'idle in transaction%'
+		  OR wait_event = 'PgSleep'},
+		'nothing is left open or busy there');
+	is(everywhere('SELECT count(*) FROM many WHERE id = 40'), '0', 'none has it');
+	$session->ok(q{INSERT INTO many VALUES (41, 'kept')});
+	is(everywhere('SELECT v FROM many WHERE id = 41'), 'kept', 'and it goes on');
+};
+
+$session->quit;
+done_testing();
