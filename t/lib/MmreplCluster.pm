@@ -43,7 +43,7 @@ use PostgreSQL::Test::Utils ();
 use Test::More;
 use Time::HiRes ();
 
-our @EXPORT = qw(section);
+our @EXPORT = qw(section insist);
 our $timeout = $PostgreSQL::Test::Utils::timeout_default;
 
 =pod
@@ -70,6 +70,33 @@ sub section
 		eval { $code->(); 1 } or fail("ran to its end: $@");
 		done_testing();
 	};
+}
+
+=pod
+
+=over
+
+=item insist($code)
+
+Runs the code again until it does not die: what talks to a server that is
+crashing or starting may fail, and psql with it.  Dies with the last error when
+that takes too long.  Exported.
+
+=back
+
+=cut
+
+sub insist
+{
+	my ($code) = @_;
+	my $deadline = time + $timeout;
+
+	until (eval { $code->(); 1 })
+	{
+		die $@ if time > $deadline;
+		Time::HiRes::usleep(100_000);
+	}
+	return;
 }
 
 =pod

@@ -357,22 +357,23 @@ sub recover
 	my (@nodes) = @_;
 
 	revive($_) foreach @nodes;
-	foreach my $node (@nodes)
-	{
-		# After a crash of a backend the postmaster starts everything anew.
-		$node->poll_query_until('postgres', 'SELECT true')
-		  or die $node->name . ' does not come up';
-		$node->open_to_peers if delete $node->{closed};
-	}
-	foreach my $node (@nodes)
-	{
-		my $server = $peer{ $node->name };
+	insist(
+		sub {
+			foreach my $node (@nodes)
+			{
+				my $server = $peer{ $node->name };
 
-		$node->safe_psql('postgres',
-			"SELECT mmrepl.resume('$server'); SELECT mmrepl.retry_now('$server')"
-		);
-		end_prepared($node);
-	}
+				if ($node->{closed})
+				{
+					$node->open_to_peers;
+					$node->{closed} = 0;
+				}
+				$node->safe_psql('postgres',
+					"SELECT mmrepl.resume('$server'); SELECT mmrepl.retry_now('$server')"
+				);
+				end_prepared($node);
+			}
+		});
 	return;
 }
 
