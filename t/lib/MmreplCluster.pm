@@ -43,7 +43,7 @@ use PostgreSQL::Test::Utils ();
 use Test::More;
 use Time::HiRes ();
 
-our @EXPORT = qw(section insist);
+our @EXPORT = qw(section insist seed);
 our $timeout = $PostgreSQL::Test::Utils::timeout_default;
 
 =pod
@@ -97,6 +97,30 @@ sub insist
 		Time::HiRes::usleep(100_000);
 	}
 	return;
+}
+
+=pod
+
+=over
+
+=item seed($default)
+
+Seeds rand() and returns the seed: the default, so that a test is the same each
+time, or MMREPL_SEED, which may also be C<random>.  Prints it.  Exported.
+
+=back
+
+=cut
+
+sub seed
+{
+	my ($default) = @_;
+	my $seed = $ENV{MMREPL_SEED} || $default;
+
+	$seed = int(rand(1 << 30)) if $seed eq 'random';
+	diag("seed $seed; MMREPL_SEED=... takes another one, or a random one");
+	srand($seed);
+	return $seed;
 }
 
 =pod

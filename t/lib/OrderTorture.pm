@@ -355,7 +355,10 @@ sub run
 	$alpha->create_pair($_, 'beta') foreach @tables;
 	$alpha->safe_psql('postgres', $rows);
 	$alpha->wait_caught_up('beta');
-	History::install($_, @tables) foreach ($alpha, $beta);
+
+	# A table without triggers is applied in another way than one with them.
+	History::install($_, grep { !/^(?:child|account)$/ } @tables)
+	  foreach ($alpha, $beta);
 
 	my $check_script = $beta->basedir . '/check.sql';
 	append_to_file($check_script, "SELECT check_snapshot();\n");
