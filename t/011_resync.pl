@@ -13,7 +13,7 @@ use Test::More;
 
 my ($alpha, $beta) = MmreplCluster->new_pair(
 	conf => "autovacuum = off\nmmrepl.rotate_size = '256kB'\n"
-	  . "mmrepl.max_queue_size = '128kB'");
+	  . "mmrepl.max_queue_size = '128kB'\nmmrepl.connect_timeout = '60s'");
 
 sub here
 {
@@ -284,6 +284,50 @@ section 'prepared transactions' => sub {
 		'what was prepared before is not delivered after the copy');
 	$alpha->same_rows($beta, $_) foreach ('item', 'other', 'hand');
 };
+
+# What a savepoint gives back are also the locks that kept resync() away.
+section 'resync() between two savepoints of a transaction' => sub {
+	my $session = $alpha->session;
+
+	$beta->peer_down('fast');
+	ok(write_until(q{state = 'needs resync'}, 40), 'the server needs a resync');
+	$session->ok('BEGIN');
+	$session->ok('SAVEPOINT s');
+	$session->ok(q{INSERT INTO item VALUES (900001, 'not captured')});
+	$session->ok('ROLLBACK TO s');
+	here(q{SELECT mmrepl.resync('beta', truncate => true)});
+	$session->ok(q{INSERT INTO item VALUES (900002, 'captured again')});
+	$session->ok('COMMIT');
+	$session->quit;
+	$beta->peer_up;
+	synced();
+	is(there('SELECT string_agg(id::text, $$ $$) FROM item WHERE id IN (900001, 900002)'),
+		'900002', 'what came after the copy is behind it');
+	$alpha->same_rows($beta, 'item');
+};
+
+section 'given up while the worker connects' => sub {
+	my $before = $alpha->stat('beta', 'pid');
+
+	# The peer's kernel accepts the connection, and nobody answers.
+	kill 'STOP', $beta->{_pid};
+	$alpha->terminate($before);
+	$alpha->poll_ok(
+		qq{SELECT wait_event_type = 'Extension' FROM pg_stat_activity JOIN mmrepl.pg_stat_mmrepl
+		   USING (pid) WHERE server = 'beta' AND pid <> $before}, 'a worker connects');
+	ok(write_until(q{state = 'needs resync'}, 40), 'the server needs a resync');
+	my $log = -s $alpha->logfile;
+	kill 'CONT', $beta->{_pid};
+	$alpha->wait_for_log(qr/mmrepl: stream \d+ needs a resync, nothing is delivered/, $log);
+	cmp_ok($alpha->stat('beta', 'coalesce(confirmed_ticket, 0)'),
+		'<', $alpha->stat('beta', 'last_ticket'), 'nothing counts as delivered');
+	here(q{SELECT mmrepl.resync('beta', truncate => true)});
+	here(q{UPDATE item SET v = 'delivered' WHERE id = 2});
+	synced();
+	$alpha->same_rows($beta, $_) foreach ('item', 'other', 'hand', 'part');
+};
+
+kill 'CONT', $beta->{_pid}; # whatever has happened
 
 # No worker runs, nor will: the writers decide.
 section 'without a worker' => sub {

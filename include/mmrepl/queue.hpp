@@ -155,6 +155,7 @@ struct Collected
 	int count;
 	bool complete;
 	bool late_beyond; /* a prepared one is visible at or above `before`: look again */
+	bool given_up;	  /* nothing is delivered, whatever waits: the stream needs a resync */
 };
 
 /*

@@ -225,6 +225,7 @@ Collect(int32 stream, uint64 after, uint64 before, int limit, Survey *survey)
 	Collected result = lowest.Result();
 
 	result.late_beyond = late_beyond;
+	result.given_up = asked.discarded == shmem::kNeedsResync;
 	Advance(survey, result.complete ? PG_UINT64_MAX : lowest.cutoff);
 	return result;
 }
@@ -267,6 +268,7 @@ CollectMore(Survey *survey, int32 stream, uint64 after, int limit)
 	});
 	Collected result = lowest.Result();
 
+	result.given_up = asked.discarded == shmem::kNeedsResync;
 	Advance(survey, result.complete ? PG_UINT64_MAX : lowest.cutoff);
 	return result;
 }

@@ -63,6 +63,16 @@ NewWork(const Route &route)
 	return work;
 }
 
+/* Whether nothing is captured; where resync() may have come meanwhile, it is looked at again. */
+static bool
+StillGivenUp(Work *work)
+{
+	if (work->ask_again)
+		work->given_up = queue::NeedsResync(work->route.stream);
+	work->ask_again = false;
+	return work->given_up;
+}
+
 Work *
 Use(const Route &route)
 {
@@ -80,7 +90,7 @@ Use(const Route &route)
 		work = work->next;
 	if (work == NULL)
 		work = NewWork(route);
-	if (unlikely(work->given_up))
+	if (unlikely(work->given_up) && StillGivenUp(work))
 	{
 		RefuseSync(work, route);
 		return NULL;
@@ -205,6 +215,8 @@ UndoTo(Work *work, int level)
 		work->marks = mark->outer;
 		pfree(mark);
 	}
+	/* With the locks of what is undone nobody keeps resync() away any more. */
+	work->ask_again |= work->given_up && !work->too_large;
 	if (work->sync && work->sync_level >= level)
 		TurnAsync(work);
 	work->unsent = work->sync ? CountUnsent(work) : 0;

@@ -39,6 +39,7 @@ struct Work
 	bool sync;			 /* executes at the peer inline */
 	int sync_level;		 /* nest level at which it became sync, after merges */
 	bool given_up;		 /* the stream needs a resync: nothing is captured */
+	bool ask_again;		 /* ... as far as was known under a lock that a savepoint has given back */
 	bool too_large;		 /* ... since this transaction would spill more than may wait */
 	bool degraded;		 /* was sync; the peer could not be reached: queued */
 	int64 unsent;		 /* changes not yet sent inline */
@@ -91,7 +92,8 @@ void FlushPending();
 /*
  * Nothing is captured for the stream: raise or notice it if the change is
  * synchronous.  As long as this transaction has its locks nobody copies the
- * tables: it is not asked again whether the stream still needs that.
+ * tables: it is asked again whether the stream still needs that only when a
+ * savepoint has given some of them back.
  */
 void RefuseSync(Work *work, const Route &route);
 

@@ -67,6 +67,7 @@ GiveUpPart(Work *work, bool wait)
 
 	if (!noted && !wait)
 		return false;
+	row.needs_resync = false; /* shared memory is told when this commits, not before */
 	int slot = noted ? queue::TakeSlot(row) : -1;
 
 	if (slot >= 0)
@@ -78,7 +79,10 @@ GiveUpPart(Work *work, bool wait)
 	return true;
 }
 
-/* What the rows say now is what they say at commit. */
+/*
+ * What the rows say now is what they say at commit: their locks are held, or taken
+ * again when a savepoint has given them back.
+ */
 void
 ReadResyncs(bool prepare)
 {
@@ -88,7 +92,10 @@ ReadResyncs(bool prepare)
 		ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
 						errmsg("cannot PREPARE a transaction that has called mmrepl.resync()")));
 	for (Resync *resync = current.resyncs; resync != NULL; resync = resync->next)
+	{
+		(void) catalog::LockStreamRow(resync->stream, true);
 		resync->discarded = catalog::ReadStreamRow(resync->stream, &row) ? row.DiscardedUpTo() : 0;
+	}
 }
 
 /* Nothing here raises. */

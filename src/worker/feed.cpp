@@ -198,17 +198,6 @@ GapAhead(const Feed *feed)
 			   pg_atomic_read_u64(&feed->shared->ring_taken)) > feed->position;
 }
 
-/*
- * The transaction that gave the stream up.  Shared memory knew before it was
- * settled: we were on our way from before, and find the same out when we begin
- * again, or find that it has been resynced since.
- */
-pg_attribute_noreturn() static void MeetTombstone()
-{
-	ereport(ERROR, (errcode(ERRCODE_MMREPL_NEEDS_RESYNC),
-					errmsg("the stream needs a resync: too much was waiting")));
-}
-
 /* Put one committed entry into the shipment; false: it has to wait for the next. */
 static bool
 TakeEntry(Feed *feed, Shipment *shipment, const queue::RingEntry *entry, const Budget &budget)
@@ -220,7 +209,7 @@ TakeEntry(Feed *feed, Shipment *shipment, const queue::RingEntry *entry, const B
 	{
 		if (shipment->transactions > 0)
 			return false;
-		MeetTombstone();
+		RefuseGivenUp();
 	}
 	if (entry->flags & queue::kChunked)
 	{
@@ -312,6 +301,8 @@ SurveyTables(Feed *feed)
 static void
 ReadTables(Feed *feed)
 {
+	bool given_up = false;
+
 	feed->from_tables = true; /* until all that is found now has been sent */
 	InTransaction([&] {
 		InContext(feed->context, [&] {
@@ -323,11 +314,18 @@ ReadTables(Feed *feed)
 			feed->refs = waiting.refs;
 			feed->n_refs = waiting.count;
 			feed->refs_complete = waiting.complete;
+			given_up = waiting.given_up;
 		});
 	});
+	feed->next_ref = 0;
+	if (given_up)
+	{
+		DropRefs(feed);
+		DropSurvey(feed);
+		RefuseGivenUp();
+	}
 	if (feed->refs_complete)
 		DropSurvey(feed);
-	feed->next_ref = 0;
 }
 
 static void
@@ -352,7 +350,7 @@ TakeRef(Feed *feed, Shipment *shipment, const queue::Ref &ref, const Budget &bud
 	{
 		if (shipment->transactions > 0)
 			return false;
-		MeetTombstone();
+		RefuseGivenUp();
 	}
 	if (ref.flags & queue::kChunked)
 	{

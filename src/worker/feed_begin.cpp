@@ -48,6 +48,13 @@ DropSurvey(Feed *feed)
 }
 
 void
+RefuseGivenUp()
+{
+	ereport(ERROR, (errcode(ERRCODE_MMREPL_NEEDS_RESYNC),
+					errmsg("the stream needs a resync: too much was waiting")));
+}
+
+void
 ReadAgain(Feed *feed, uint64 position)
 {
 	DropRefs(feed);
@@ -109,11 +116,15 @@ RequireSourceNotRewound(Feed *feed, uint64 watermark)
 void
 ResetFeed(Feed *feed, uint64 watermark)
 {
+	uint64 discarded = pg_atomic_read_u64(&feed->shared->discarded);
+
+	if (discarded == shmem::kNeedsResync) /* no ticket: the feed must not begin there */
+		RefuseGivenUp();
 	RequirePeerNotRewound(feed, watermark);
 	RequireSourceNotRewound(feed, watermark);
 	queue::Acknowledged(*feed->shared, watermark);
 	ReadAgain(feed, Max(Max(pg_atomic_read_u64(&feed->shared->confirmed), watermark),
-						pg_atomic_read_u64(&feed->shared->discarded)));
+						discarded));
 	feed->watermark = watermark;
 	feed->from_tables = true;
 	feed->late_unremoved = 0;

@@ -19,6 +19,14 @@ void CloseBatch(Feed *feed, Shipment *shipment);
 void DropRefs(Feed *feed);
 void DropSurvey(Feed *feed);
 
+/*
+ * Raise: the stream needs a resync.  What stands in the queue is not delivered, and
+ * must not be passed over as if it were.  Shared memory knows before the transaction
+ * that gave the stream up is settled: whoever was on his way from before begins
+ * again, and finds the same out, or that it has been resynced since.
+ */
+pg_attribute_noreturn() void RefuseGivenUp();
+
 /* Go back to the ticket: what was read above it and is in no batch is read again. */
 void ReadAgain(Feed *feed, uint64 position);
 

@@ -92,7 +92,8 @@ void FreeFeed(Feed *feed);
 /*
  * Begin again after `confirmed` and the peer's watermark.  Raises
  * ERRCODE_MMREPL_REWOUND when one of the two was restored from an older state:
- * then nobody can tell from here what is missing where.
+ * then nobody can tell from here what is missing where; and
+ * ERRCODE_MMREPL_NEEDS_RESYNC when the stream was given up meanwhile.
  */
 void ResetFeed(Feed *feed, uint64 watermark);
 
