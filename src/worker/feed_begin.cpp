@@ -123,8 +123,7 @@ ResetFeed(Feed *feed, uint64 watermark)
 	RequirePeerNotRewound(feed, watermark);
 	RequireSourceNotRewound(feed, watermark);
 	queue::Acknowledged(*feed->shared, watermark);
-	ReadAgain(feed, Max(Max(pg_atomic_read_u64(&feed->shared->confirmed), watermark),
-						discarded));
+	ReadAgain(feed, Max(Max(pg_atomic_read_u64(&feed->shared->confirmed), watermark), discarded));
 	feed->watermark = watermark;
 	feed->from_tables = true;
 	feed->late_unremoved = 0;
