@@ -252,6 +252,35 @@ section 'two unique constraints' => sub {
 	$alpha->same_rows($beta, 'two');
 };
 
+# Two parts of a large transaction are on their way at a time.
+section 'a large transaction of which a part is refused' => sub {
+	$alpha->create_table_on_both($beta,
+		'CREATE TABLE large (id int PRIMARY KEY, v text)');
+	$alpha->create_pair('large', 'beta');
+	$alpha->safe_psql('postgres',
+		q{ALTER SYSTEM SET mmrepl.batch_size = '64kB'});
+	$alpha->reload;
+	$beta->safe_psql('postgres',
+		'ALTER TABLE large ADD CONSTRAINT small CHECK (id <> 3000)');
+	$alpha->safe_psql('postgres',
+		q{INSERT INTO large
+			SELECT i, repeat(md5(i::text), 4) FROM generate_series(1, 6000) i});
+	$alpha->safe_psql('postgres', q{UPDATE large SET v = 'last' WHERE id = 6000});
+	$alpha->poll_state('beta', 'blocked');
+	like(
+		$alpha->stat('beta', 'last_error'),
+		qr/violates check constraint "small".*INSERT, relation "public.large", key \(3000\)/s,
+		'a part in the middle is refused');
+	is($beta->safe_psql('postgres', 'SELECT count(*) FROM large'),
+		0, 'nothing of the transaction is there');
+	$beta->safe_psql('postgres', 'ALTER TABLE large DROP CONSTRAINT small');
+	$alpha->safe_psql('postgres', q{SELECT mmrepl.retry_now('beta')});
+	$alpha->wait_caught_up('beta');
+	$alpha->same_rows($beta, 'large');
+	$alpha->safe_psql('postgres', 'ALTER SYSTEM RESET mmrepl.batch_size');
+	$alpha->reload;
+};
+
 # The table's own rules hold for what is written directly.
 section 'checks and publications at the receiver' => sub {
 	$beta->safe_psql('postgres',

@@ -359,6 +359,17 @@ ApplyQueued(Session *session)
 	return watermark;
 }
 
+/* Until the end of the call; the sessions of peers have it already. */
+static void
+SecureSearchPath()
+{
+	constexpr const char *path = "pg_catalog, pg_temp";
+
+	if (strcmp(namespace_search_path, path) != 0)
+		set_config_option("search_path", path, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE, true, 0,
+						  false);
+}
+
 /* Everything that an error does not undo by itself is undone by the caller's handler. */
 static void
 Begin(Session *session)
@@ -370,8 +381,7 @@ Begin(Session *session)
 	GetUserIdAndSecContext(&session->caller, &session->caller_sec_context);
 	session->nest_level = GetCurrentTransactionNestLevel();
 	session->guc_level = NewGUCNestLevel();
-	set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET, PGC_S_SESSION,
-					  GUC_ACTION_SAVE, true, 0, false);
+	SecureSearchPath();
 	origin::Enter();
 	session->began = true;
 	PushCopiedSnapshot(GetLatestSnapshot());

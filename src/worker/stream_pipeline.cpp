@@ -55,6 +55,14 @@ SendBatch(Session *session, Shipment *shipment)
 	return sent;
 }
 
+/* The next part of a large transaction; false when the connection is lost. */
+static bool
+SendNextPart(Session *session, Shipment *shipment)
+{
+	NextPart(&session->feed, shipment, (int64) guc::batch_size * 1024);
+	return SendBatch(session, shipment);
+}
+
 static Budget
 BudgetOf(const Session *session)
 {
@@ -137,7 +145,10 @@ StartOne(Session *session)
 	NoteStart(&session->pace, shipment->transactions);
 	MMREPL_FAULT_POINT("worker-before-flush");
 	FlushCommits();
-	return SendBatch(session, shipment);
+	if (!SendBatch(session, shipment))
+		return false;
+	/* Two parts of a large transaction are on their way, too. */
+	return shipment->all_sent || SendNextPart(session, shipment);
 }
 
 void
@@ -180,10 +191,10 @@ TakeResult(Session *session, const PGresult *res)
 	if (!shipment->all_sent)
 	{
 		MMREPL_FAULT_POINT("worker-part-answer");
-		NextPart(&session->feed, shipment, (int64) guc::batch_size * 1024);
-		(void) SendBatch(session, shipment);
-		return;
+		(void) SendNextPart(session, shipment);
 	}
+	if (session->conn == NULL || shipment->results_due > 0)
+		return; /* given up, or the answer to a part that is not the last */
 	uint64 watermark = delivery::ReadWatermark(res);
 
 	if (watermark >= shipment->confirm_to)
