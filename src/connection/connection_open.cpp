@@ -159,10 +159,11 @@ SetUpSession(PGconn *conn, TimestampTz deadline, Failure *failure)
 	StringInfoData sql;
 
 	initStringInfo(&sql);
-	appendStringInfoString(&sql, "SET search_path = pg_catalog, pg_temp; SET synchronous_commit = on; "
-								 "SET default_transaction_isolation = 'read committed'; "
-								 "SET statement_timeout = 0; SET lock_timeout = 0; "
-								 "SET idle_in_transaction_session_timeout = 0;");
+	appendStringInfoString(&sql,
+						   "SET search_path = pg_catalog, pg_temp; SET synchronous_commit = on; "
+						   "SET default_transaction_isolation = 'read committed'; "
+						   "SET statement_timeout = 0; SET lock_timeout = 0; "
+						   "SET idle_in_transaction_session_timeout = 0;");
 	if (version >= 140000)
 		appendStringInfoString(&sql, " SET idle_session_timeout = 0;");
 	if (version >= 170000)
