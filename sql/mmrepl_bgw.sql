@@ -401,7 +401,7 @@ CREATE FUNCTION mmrepl.retry_now(server name) RETURNS void
 COMMENT ON FUNCTION mmrepl.retry_now(name) IS 'try again at once what waits for its next attempt or is blocked';
 
 CREATE FUNCTION mmrepl.skip(server name, ticket bigint, reason text) RETURNS bigint
-	LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'mmrepl_skip';
+	LANGUAGE c AS 'MODULE_PATHNAME', 'mmrepl_skip';
 COMMENT ON FUNCTION mmrepl.skip(name, bigint, text) IS
 	'drop one queued transaction, on the record (mmrepl.skipped); returns the number of its changes';
 

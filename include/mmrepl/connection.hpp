@@ -160,8 +160,11 @@ int64 QuietDeadline(int timeout_ms);
 bool SendQuietly(PGconn *conn, const char *sql);
 bool FinishQuietly(PGconn *conn, const char *sql, int64 until);
 
-/* Ask the peer to cancel what runs on the connection; bounded, no ereport. */
-void Cancel(PGconn *conn);
+/*
+ * Try to end the peer's session of a connection that is given up, with what it
+ * executes or only if it waits for us; bounded by half a second, no ereport.
+ */
+void EndSession(PGconn *conn, bool only_waiting);
 
 /* Translate a failed result (or the connection's error when res is NULL). */
 void Describe(PGconn *conn, const PGresult *res, Failure *failure);

@@ -137,7 +137,11 @@ extern "C" {
 #include "utils/varlena.h"
 #include "utils/wait_event.h"
 #include "utils/xid8.h"
+#ifdef __linux__
+#include <linux/sockios.h>
+#endif
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 }
 

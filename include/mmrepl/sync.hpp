@@ -66,8 +66,8 @@ Work *Start(int32 stream, Oid server, Oid owner, const char *server_name);
  * call is marked sent.  When nothing stood there before the call either, the
  * work is as new and the caller raises or queues; else what earlier calls sent
  * is lost, the work is broken and the caller must raise.
- * Bounded by mmrepl.sync_timeout; a cancel is answered at once, cancels at the
- * peer too and leaves the cached connection clean or closed.
+ * Bounded by mmrepl.sync_timeout; a cancel is answered at once, ends the
+ * peer's session and leaves the cached connection clean or closed.
  */
 bool Flush(Work *work, change::Segment *first, int64 changes, uint64 xid, int nest_level,
 		   connection::Failure *failure);

@@ -148,11 +148,32 @@ CheckPasswordUsed(PGconn *conn, const Target *target, Failure *failure)
 }
 
 /*
+ * The peer is to notice that we are gone as soon as we notice that it is:
+ * otherwise its session would keep its locks for the two hours that are the
+ * usual default.  (Over a unix-domain socket these settings mean nothing.)
+ */
+void
+AppendKeepalives(StringInfo sql, const Target *target)
+{
+	constexpr const char *kNames[][2] = {{"keepalives_idle", "tcp_keepalives_idle"},
+										 {"keepalives_interval", "tcp_keepalives_interval"},
+										 {"keepalives_count", "tcp_keepalives_count"},
+										 {"tcp_user_timeout", "tcp_user_timeout"}};
+
+	for (int i = 0; target->keywords[i] != NULL; i++)
+	{
+		for (const auto &name : kNames)
+			if (strcmp(target->keywords[i], name[0]) == 0)
+				appendStringInfo(sql, " SET %s = %d;", name[1], Max(atoi(target->values[i]), 0));
+	}
+}
+
+/*
  * One round trip that makes the session what the rest relies on, whatever the
  * peer's role and database have as defaults.
  */
 bool
-SetUpSession(PGconn *conn, TimestampTz deadline, Failure *failure)
+SetUpSession(PGconn *conn, const Target *target, TimestampTz deadline, Failure *failure)
 {
 	int version = PQserverVersion(conn);
 	PGresult *res;
@@ -168,6 +189,7 @@ SetUpSession(PGconn *conn, TimestampTz deadline, Failure *failure)
 		appendStringInfoString(&sql, " SET idle_session_timeout = 0;");
 	if (version >= 170000)
 		appendStringInfoString(&sql, " SET transaction_timeout = 0;");
+	AppendKeepalives(&sql, target);
 	if (PQsetnonblocking(conn, 1) != 0)
 	{
 		Describe(conn, NULL, failure);
@@ -194,7 +216,7 @@ Open(const Target *target, TimestampTz deadline, Failure *failure)
 		[&] {
 			ready = Connect(conn, target, deadline, failure) &&
 					CheckPasswordUsed(conn, target, failure) &&
-					SetUpSession(conn, deadline, failure);
+					SetUpSession(conn, target, deadline, failure);
 		},
 		[&] { Close(conn); });
 	if (!ready)

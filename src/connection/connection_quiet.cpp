@@ -14,7 +14,7 @@ namespace mmrepl::connection
 namespace
 {
 
-constexpr int kCancelTimeout = 500; /* ms: bound of the attempt to cancel at the peer */
+constexpr int kEndTimeout = 500; /* ms: bound of the attempt to end a session at the peer */
 
 /* The monotonic clock in milliseconds. */
 int64
@@ -110,33 +110,6 @@ Confirmed(PGconn *conn, const char *sql, int64 until)
 	return false;
 }
 
-#ifdef LIBPQ_HAS_ASYNC_CANCEL
-
-/* Send a cancel request and wait until the peer has taken it; libpq 17 can do so bounded. */
-void
-SendCancel(PGconn *conn, int64 until)
-{
-	PGcancelConn *cancel = PQcancelCreate(conn);
-	PostgresPollingStatusType status = PGRES_POLLING_WRITING;
-
-	if (cancel == NULL)
-		return;
-	if (PQcancelStart(cancel) == 1)
-	{
-		while (status == PGRES_POLLING_READING || status == PGRES_POLLING_WRITING)
-		{
-			short event = status == PGRES_POLLING_READING ? POLLIN : POLLOUT;
-
-			if (!PollUntil(PQcancelSocket(cancel), event, until))
-				break;
-			status = PQcancelPoll(cancel);
-		}
-	}
-	PQcancelFinish(cancel);
-}
-
-#else
-
 constexpr int kMaxParameters = 128; /* libpq has fewer than 60 */
 
 /*
@@ -191,30 +164,6 @@ PollStanding(PGconn *conn, int64 until)
 	return false;
 }
 
-/*
- * Cancel through a second session of the same role.  PQcancel() would be the
- * obvious way, but before libpq 17 it blocks without a bound, for ever if the
- * peer's postmaster is stopped.
- */
-void
-SendCancel(PGconn *conn, int64 until)
-{
-	PGconn *beside = StartBeside(conn);
-	char sql[64];
-
-	if (beside == NULL)
-		return;
-	PQsetNoticeReceiver(
-		beside, [](void *, const PGresult *) {}, NULL);
-	snprintf(sql, sizeof(sql), "SELECT pg_catalog.pg_cancel_backend(%d)", PQbackendPID(conn));
-	if (PollStanding(beside, until) && PQsetnonblocking(beside, 1) == 0 &&
-		PQsendQuery(beside, sql) == 1)
-		(void) Confirmed(beside, sql, until);
-	PQfinish(beside);
-}
-
-#endif
-
 } // namespace
 
 /* That many milliseconds from now, by a clock that nobody sets. */
@@ -248,18 +197,33 @@ ExecQuietly(PGconn *conn, const char *sql, int timeout_ms)
 }
 
 /*
- * Ask the peer to cancel what runs on the connection, if something does;
- * bounded by half a second, and no error when it cannot be done.
+ * End the peer's session through a second one of the same role.  A cancel
+ * request would not do: a session that waits for our next message has nothing
+ * to cancel, and may never hear that we are gone.
  */
 void
-Cancel(PGconn *conn)
+EndSession(PGconn *conn, bool only_waiting)
 {
-	if (PQstatus(conn) != CONNECTION_OK || PQtransactionStatus(conn) != PQTRANS_ACTIVE)
+	constexpr const char *kWaiting = " AND (state LIKE 'idle%' OR wait_event_type = 'Client')";
+	int64 until = MonotonicMs() + kEndTimeout;
+	PGconn *beside;
+	char sql[256];
+
+	if (PQbackendPID(conn) == 0 || PQstatus(conn) != CONNECTION_OK)
 		return;
-	Hushed([&] {
-		SendCancel(conn, MonotonicMs() + kCancelTimeout);
-		return true;
-	});
+	beside = StartBeside(conn);
+	if (beside == NULL)
+		return;
+	PQsetNoticeReceiver(
+		beside, [](void *, const PGresult *) {}, NULL);
+	snprintf(sql, sizeof(sql),
+			 "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity "
+			 "WHERE pid = %d AND usename = session_user%s",
+			 PQbackendPID(conn), only_waiting ? kWaiting : "");
+	if (PollStanding(beside, until) && PQsetnonblocking(beside, 1) == 0 &&
+		PQsendQuery(beside, sql) == 1)
+		(void) Confirmed(beside, sql, until);
+	PQfinish(beside);
 }
 
 } // namespace mmrepl::connection

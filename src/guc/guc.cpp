@@ -17,6 +17,7 @@ int batch_delay = 2000;
 int retry_min_delay = 100;
 int retry_max_delay = 30000;
 int connect_timeout = 10000;
+int reply_timeout = 60000;
 int sync_timeout = 10000;
 int sync_lock_timeout = 0;
 int buffer_memory = 4096;
@@ -92,6 +93,10 @@ DefineWorkerSettings()
 			  "Longest time between two looks for prepared transactions of ours at a peer.",
 			  "Only peers whose max_prepared_transactions is not 0 are looked at.",
 			  &recovery_interval, 1000, 3600000, PGC_SIGHUP, GUC_UNIT_MS);
+	DefineInt("mmrepl.reply_timeout",
+			  "Silence of a peer that has a batch to apply after which it is asked what it does.",
+			  "It may work on it; else the connection is given up. 0 waits for ever.",
+			  &reply_timeout, 0, 3600000, PGC_SIGHUP, GUC_UNIT_MS);
 	DefineInt("mmrepl.retry_max_delay", "Longest delay between two tries to reach a peer.", NULL,
 			  &retry_max_delay, 10, 3600000, PGC_SIGHUP, GUC_UNIT_MS);
 	DefineInt("mmrepl.retry_min_delay", "First delay between two tries to reach a peer.",

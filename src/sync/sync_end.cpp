@@ -17,7 +17,7 @@ namespace
 {
 
 constexpr int kMaxQuietTimeout = 5000; /* ms */
-constexpr int kRollbackTimeout = 1000; /* ms: closing the connection does it as well */
+constexpr int kRollbackTimeout = 500;  /* ms: ending the session does it as well */
 
 /* The nest level that the peer is at when savepoints that are to be released do not count. */
 int
@@ -81,12 +81,12 @@ Drop(Work *work, uint32 kept)
 		work->broken = work->begun = true;
 }
 
-/* The same, after asking the peer to stop what still runs there. */
+/* The same, after trying to end the session there: it may never hear that we are gone. */
 void
 Abandon(Work *work, uint32 kept)
 {
 	if (IsHeld(work))
-		connection::Cancel(work->conn);
+		connection::EndSession(work->conn, false);
 	Drop(work, kept);
 }
 
@@ -98,7 +98,7 @@ RollBack(Work *work)
 		connection::ExecQuietly(work->conn, "ROLLBACK", kRollbackTimeout))
 		Reset(work);
 	else
-		Drop(work, 0);
+		Abandon(work, 0);
 }
 
 /*
@@ -132,7 +132,7 @@ SubAbort(Work *work, int nest_level)
 		work->release_level = 0;
 	}
 	else
-		Drop(work, work->parts);
+		Abandon(work, work->parts);
 }
 
 /* Whether the peer is asked for the work's end at all: its session stands as it should. */
@@ -172,8 +172,9 @@ BeginCommit(Work *work)
 /*
  * Wait for the peer's answer to BeginCommit(); true when it was confirmed.
  * Anything else leaves it in doubt, and the worker completes it.  A slow COMMIT
- * is not cancelled: it may be waiting for a standby of the peer, which it would
- * then not do any more.
+ * is not disturbed: it may be waiting for a standby of the peer, which it would
+ * then not do any more.  But a session that never got it would keep its locks,
+ * and the worker waiting.
  */
 bool
 Commit(Work *work)
@@ -185,6 +186,8 @@ Commit(Work *work)
 		MMREPL_CRASH_POINT("two-phase-committing");
 	if (work->commit_until == 0 || !connection::FinishQuietly(work->conn, sql, work->commit_until))
 	{
+		if (IsHeld(work))
+			connection::EndSession(work->conn, true);
 		Drop(work, work->parts);
 		return false;
 	}

@@ -264,7 +264,6 @@ InsertSkipped(const char *server, const queue::Ref &ref, Skipped *skipped, text 
 	values[3] = Int64GetDatum(skipped->changes);
 	values[4] = makeArrayResult(skipped->queries, CurrentMemoryContext);
 	values[5] = PointerGetDatum(reason);
-	nulls[5] = reason == NULL;
 	values[6] = DirectFunctionCall1(namein, CStringGetDatum(GetUserNameFromId(GetUserId(), false)));
 	values[7] = TimestampTzGetDatum(GetCurrentTimestamp());
 	simple_heap_insert(rel, heap_form_tuple(RelationGetDescr(rel), values, nulls));
@@ -301,6 +300,25 @@ SkipIn(const catalog::StreamRow *row, const char *server, uint64 ticket, text *r
 	return true;
 }
 
+/* Why the transaction is dropped: whoever finds the tables different will ask. */
+static text *
+RequireReason(FunctionCallInfo fcinfo)
+{
+	text *reason = PG_ARGISNULL(2) ? NULL : PG_GETARG_TEXT_PP(2);
+	int at = 0;
+	int length = reason == NULL ? 0 : VARSIZE_ANY_EXHDR(reason);
+
+	while (at < length && isspace((unsigned char) VARDATA_ANY(reason)[at]))
+		at++;
+	if (at == length)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("a transaction is not dropped without a reason"),
+				 errhint("Say why, for the record in mmrepl.skipped: mmrepl.skip(server, ticket, "
+						 "'reason').")));
+	return reason;
+}
+
 Datum
 SqlSkip(FunctionCallInfo fcinfo)
 {
@@ -313,7 +331,7 @@ SqlSkip(FunctionCallInfo fcinfo)
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("ticket must not be null")));
 	uint64 ticket = (uint64) PG_GETARG_INT64(1);
-	text *reason = PG_ARGISNULL(2) ? NULL : PG_GETARG_TEXT_PP(2);
+	text *reason = RequireReason(fcinfo);
 
 	foreach(cell, streams)
 		if (SkipIn((const catalog::StreamRow *) lfirst(cell), server, ticket, reason, &changes))

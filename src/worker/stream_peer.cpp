@@ -248,21 +248,75 @@ NextRetry(const Session *session)
 	return GetCurrentTimestamp() + (int64) (delay * 1000);
 }
 
-/* A failure goes to the log when it is new, and again every ten minutes. */
-static void
-LogFailure(Session *session, const char *text)
+/* Whether the log may have one more line: a burst of ten, then one a minute. */
+static bool
+MayLog(LogBook *book)
+{
+	constexpr double burst = 10;
+	constexpr int64 every = 60 * USECS_PER_SEC;
+	TimestampTz now = GetCurrentTimestamp();
+	double earned = (double) Max(now - book->earned_at, 0) / every;
+
+	book->spent = Max(book->spent - earned, 0);
+	book->earned_at = now;
+	if (book->spent + 1 > burst)
+		return false;
+	book->spent += 1;
+	return true;
+}
+
+/*
+ * Whether a failure is new: since the last success none like it was logged, or
+ * that was ten minutes ago.  Its text does not matter; ports and process ids in
+ * it change each time.
+ */
+static bool
+IsNews(const LogBook *book, int sqlstate, uint64 ticket)
 {
 	constexpr int64 every = INT64CONST(600) * USECS_PER_SEC;
 	TimestampTz now = GetCurrentTimestamp();
 
-	if (strncmp(session->logged, text, sizeof(session->logged) - 1) == 0 &&
-		now - session->logged_at < every)
+	for (const auto &line : book->lines)
+		if (line.at != 0 && line.sqlstate == sqlstate && line.ticket == ticket &&
+			now - line.at < every)
+			return false;
+	return true;
+}
+
+static void
+LogFailure(Session *session, int sqlstate, uint64 blocked_ticket, const char *text)
+{
+	LogBook *book = &session->log;
+
+	if (!IsNews(book, sqlstate, blocked_ticket) || !MayLog(book))
+	{
+		book->unlogged++;
 		return;
-	strlcpy(session->logged, text, sizeof(session->logged));
-	session->logged_at = now;
+	}
+	book->lines[book->next] = {sqlstate, blocked_ticket, GetCurrentTimestamp()};
+	book->next = (book->next + 1) % (int) lengthof(book->lines);
 	ereport(LOG, (errmsg("mmrepl: delivery to server \"%s\" failed: %s",
 						 session->target != NULL ? session->target->server_name : "?", text),
-				  errdetail_internal("Failure %d in a row.", session->failures)));
+				  errdetail_internal("Failure %d in a row; %d were not logged.", session->failures,
+									 book->unlogged)));
+	book->unlogged = 0;
+}
+
+/* The failures are over: say so if the log knows of them, and what comes next is news again. */
+static void
+LogRecovery(Session *session)
+{
+	LogBook *book = &session->log;
+	bool known = false;
+
+	for (auto &line : book->lines)
+	{
+		known |= line.at != 0;
+		line = {};
+	}
+	if (known && MayLog(book))
+		ereport(LOG, (errmsg("mmrepl: delivery to server \"%s\" goes on after %d failures",
+							 session->target->server_name, session->failures)));
 }
 
 static char *
@@ -296,7 +350,7 @@ PublishFailure(Session *session, const connection::Failure *failure, shmem::Work
 	stream.blocked_ticket = blocked_ticket;
 	SpinLockRelease(&stream.mutex);
 	pg_atomic_fetch_add_u64(&stream.counters.retries, 1);
-	LogFailure(session, text);
+	LogFailure(session, failure->sqlstate, blocked_ticket, text);
 	pfree(text);
 }
 
@@ -338,11 +392,10 @@ NoteSuccess(Session *session)
 
 	session->group_limit = Min(session->group_limit * 2, (int64) guc::batch_transactions);
 	if (session->failures > 0)
-		ereport(LOG, (errmsg("mmrepl: delivery to server \"%s\" goes on after %d failures",
-							 session->target->server_name, session->failures)));
+		LogRecovery(session);
 	session->failures = 0;
+	session->silences = 0;
 	session->retry_at = 0;
-	session->logged[0] = '\0';
 	SpinLockAcquire(&stream.mutex);
 	stream.state =
 		session->feed.from_tables ? shmem::WorkerState::CatchingUp : shmem::WorkerState::Streaming;

@@ -48,6 +48,7 @@ SendBatch(Session *session, Shipment *shipment)
 		(shipment->all_sent ? PQpipelineSync(session->conn) : PQsendFlushRequest(session->conn));
 
 	shipment->results_due++;
+	session->progress = true;
 	pg_atomic_fetch_add_u64(&session->shared->counters.bytes_sent, shipment->batch.buf.len);
 	if (!sent)
 		Broken(session);
@@ -232,6 +233,7 @@ TakeSync(Session *session)
 static void
 Dispatch(Session *session, const PGresult *res)
 {
+	session->progress = true;
 	if (session->outstanding == 0)
 		return;
 	switch (PQresultStatus(res))

@@ -22,6 +22,21 @@ struct Pace
 	int last;
 };
 
+/* What went to the log of late, so that failures do not flood it. */
+struct LogBook
+{
+	struct
+	{
+		int sqlstate;
+		uint64 ticket; /* that the failure blocked; 0: none */
+		TimestampTz at;
+	} lines[8]; /* since the last success; the next one replaces the oldest */
+	int next;
+	double spent; /* of kLogBurst; earned back as time goes by */
+	TimestampTz earned_at;
+	int unlogged; /* failures since the last line */
+};
+
 struct Session
 {
 	int slot;
@@ -52,8 +67,12 @@ struct Session
 
 	int failures;
 	TimestampTz retry_at; /* 0: now */
-	char logged[256];	  /* last failure that went to the log */
-	TimestampTz logged_at;
+	LogBook log;
+
+	bool progress;		  /* the peer has taken or said something since heard_at was set */
+	TimestampTz heard_at; /* last sign of progress while a batch is on its way */
+	int unacknowledged;	  /* bytes in the socket at the last look */
+	int silences;		  /* given up for silence since the last success */
 
 	bool position_loaded; /* what the row knows of the peer is in shared memory */
 	uint64 persisted;	  /* confirmed, as last written to the stream's row */
@@ -77,6 +96,10 @@ void NoteSuccess(Session *session);
 /* recovery.cpp: Resolve() looks for prepared transactions if it is time */
 void RecoverSoon(Session *session);
 void Resolve(Session *session);
+
+/* stream_silence.cpp: a peer that does not answer */
+void WatchSilence(Session *session);
+TimestampTz SilenceEnds(const Session *session);
 
 /* pipeline.cpp: batches out, results in */
 bool Receive(Session *session);

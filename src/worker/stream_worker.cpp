@@ -187,6 +187,8 @@ Timeout(const Session *session)
 	if ((session->conn != NULL || session->shared->paused || GivenUp(session)) &&
 		session->recovery_at != DT_NOEND)
 		due = due == 0 ? session->recovery_at : Min(due, session->recovery_at);
+	if (TimestampTz silence = SilenceEnds(session); silence != 0)
+		due = due == 0 ? silence : Min(due, silence);
 	if (due == 0)
 		return -1;
 	return Max(TimestampDifferenceMilliseconds(now, due), 1L);
@@ -208,7 +210,9 @@ Wait(Session *session)
 	{
 		ModifyWaitEvent(session->events, session->socket_event,
 						WL_SOCKET_READABLE | (session->want_write ? WL_SOCKET_WRITEABLE : 0), NULL);
-		(void) WaitEventSetWait(session->events, timeout, &event, 1, PG_WAIT_EXTENSION);
+		if (WaitEventSetWait(session->events, timeout, &event, 1, PG_WAIT_EXTENSION) == 1 &&
+			(event.events & (WL_SOCKET_READABLE | WL_SOCKET_WRITEABLE)))
+			session->progress = true;
 	}
 	ResetLatch(MyLatch);
 	CHECK_FOR_INTERRUPTS();
@@ -271,6 +275,7 @@ Round(Session *session)
 	}
 	if (session->conn != NULL && !Receive(session))
 		return;
+	WatchSilence(session);
 	if (session->shared->paused || session->shared->handover_requests > 0)
 	{
 		Resolve(session);

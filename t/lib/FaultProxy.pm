@@ -70,7 +70,9 @@ use Storable ();
 
 use constant {
 	AHEAD => 32 * 1024,    # bytes of a direction that are read ahead
+	AHEAD_SLOW => 2048,    # the same of one that is throttled
 	LOOK => 16 * 1024,     # bytes of a message that patterns see
+	LOOK_SLOW => 1024,     # bytes that are waited for without patterns
 	TICK => 0.02,          # seconds: how finely a throttled direction moves
 };
 
@@ -532,7 +534,7 @@ sub interests
 			vec($$read, fileno $source, 1) = 1
 			  if $source
 			  && !$way->{ended}
-			  && length($way->{in}) + $way->{out_bytes} < FaultProxy::AHEAD;
+			  && length($way->{in}) + $way->{out_bytes} < $self->ahead($way);
 			next unless $sink && @{ $way->{out} };
 			my $when = max($way->{out}[0][0], $way->{next_write});
 			if   ($when > time) { push @due, $when }
@@ -540,6 +542,24 @@ sub interests
 		}
 	}
 	return @due ? min(@due) : undef;
+}
+
+# How much of a direction may be read ahead: what is throttled fills up behind us.
+sub ahead
+{
+	my ($self, $way) = @_;
+	return $way->{rate} > 0 && $self->look < FaultProxy::AHEAD_SLOW
+	  ? FaultProxy::AHEAD_SLOW
+	  : FaultProxy::AHEAD;
+}
+
+# How much of a message has to be there before it is judged.
+sub look
+{
+	my ($self) = @_;
+	return (any { $_->{active} && $_->{regexp} } @{ $self->{rules} })
+	  ? FaultProxy::LOOK
+	  : FaultProxy::LOOK_SLOW;
 }
 
 # ---- requests ----
@@ -846,7 +866,7 @@ sub take
 	my ($self, $connection, $from) = @_;
 	my $way = $connection->{way}{$from};
 	my $n = sysread $connection->{socket}{$from}, $way->{in},
-	  FaultProxy::AHEAD, length $way->{in};
+	  $self->ahead($way), length $way->{in};
 
 	return if !defined $n && ($! == EAGAIN || $! == EWOULDBLOCK || $! == EINTR);
 	$way->{ended} = 1 unless $n;
@@ -897,7 +917,7 @@ sub advance
 	return 0 unless defined $type;
 
 	# What rules look at has to be there, or as much of it as they look at.
-	my $need = min($length, FaultProxy::LOOK);
+	my $need = min($length, $self->look);
 	return 0 if length $way->{in} < $need && !$way->{ended};
 	my $message = substr $way->{in}, 0, $length;
 	return 0 if $self->judge($connection, $from, $type, $message, 'before');
