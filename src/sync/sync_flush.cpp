@@ -296,6 +296,26 @@ Flush(Work *work, Segment *first, int64 changes, uint64 xid, int nest_level, Fai
 }
 
 /*
+ * Notice what the peer has said by itself since its last answer, above all that
+ * it ends the session: better an error now than a doubt later.
+ */
+static void
+RequireThere(Work *work)
+{
+	constexpr int kRounds = 16; /* of reading what nobody asked for */
+	Failure failure;
+
+	for (int round = 0; connection::Readable(work->conn); round++)
+	{
+		if (round < kRounds && PQconsumeInput(work->conn) == 1 && !PQisBusy(work->conn))
+			continue;
+		connection::Describe(work->conn, NULL, &failure);
+		Abandon(work, work->parts);
+		RaiseRefusal(work, &failure, "COMMIT");
+	}
+}
+
+/*
  * Let the peer check its deferred constraints now, if apply() has said that there
  * may be some; raises as Flush does.
  */
@@ -308,7 +328,10 @@ BeforeCommit(Work *work)
 	PGresult *res = NULL;
 
 	RequireUsable(work);
-	if (!work->begun || !work->may_defer)
+	if (!work->begun)
+		return;
+	RequireThere(work);
+	if (!work->may_defer)
 		return;
 	MMREPL_FAULT_POINT("sync-before-check");
 	Guarded([&] { res = connection::TryExec(work->conn, kCommand, 0, NULL, deadline, &failure); },
