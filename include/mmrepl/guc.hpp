@@ -47,13 +47,13 @@ extern int batch_delay;		   /* us between batches under load */
 extern int retry_min_delay;	   /* ms */
 extern int retry_max_delay;	   /* ms */
 extern int connect_timeout;	   /* ms */
-extern int reply_timeout;	   /* ms of silence after which a peer is asked what it does; 0: never */
-extern int sync_timeout;	   /* ms: bound of every wait for a peer in a user's transaction */
-extern int sync_lock_timeout;  /* ms: lock wait at the peer; 0: twice deadlock_timeout */
-extern int buffer_memory;	   /* kB a transaction may hold before it spills to the queue */
-extern int max_queue_size;	   /* kB that may wait for one server; 0: any number */
-extern int recovery_interval;  /* ms: between looks for prepared transactions of ours at a peer */
-extern int rotate_size;		   /* kB of a queue table at which the next one is taken */
+extern int reply_timeout;	  /* ms of silence after which a peer is asked what it does; 0: never */
+extern int sync_timeout;	  /* ms: bound of every wait for a peer in a user's transaction */
+extern int sync_lock_timeout; /* ms: lock wait at the peer; 0: twice deadlock_timeout */
+extern int buffer_memory;	  /* kB a transaction may hold before it spills to the queue */
+extern int max_queue_size;	  /* kB that may wait for one server; 0: any number */
+extern int recovery_interval; /* ms: between looks for prepared transactions of ours at a peer */
+extern int rotate_size;		  /* kB of a queue table at which the next one is taken */
 extern QueueAction max_queue_action;
 extern TwoPhase two_phase;
 extern Flush sync_flush;
