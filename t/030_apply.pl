@@ -327,7 +327,7 @@ section 'checks and publications at the receiver' => sub {
 # followed by the very next one.  The apply session must be the same all the time.
 section 'changes to a table between two batches' => sub {
 	my $session = q{SELECT pid FROM pg_stat_activity
-		WHERE client_addr IS NOT NULL AND query LIKE '%mmrepl.apply%'};
+		WHERE client_addr IS NOT NULL AND application_name ~ 'mmrepl'};
 
 	$alpha->create_table_on_both($beta,
 		'CREATE TABLE shape (id int PRIMARY KEY, v text)');

@@ -235,6 +235,28 @@ section 'a plain dump and restore' => sub {
 	drop_databases('dump');
 };
 
+# Triggers fire in the order of their names: one before ours that changed the row
+# again had its version captured first, and the peer ended with the older one.
+section 'a trigger changes the row that fired it' => sub {
+	$alpha->create_table_on_both($beta,
+		'CREATE TABLE again (id int PRIMARY KEY, v int, w int,
+			parent int REFERENCES again ON UPDATE CASCADE)');
+	$alpha->create_pair('again', 'beta');
+	$alpha->safe_psql(
+		'postgres', q{
+		CREATE FUNCTION follow() RETURNS trigger LANGUAGE plpgsql AS
+			'BEGIN UPDATE again SET w = NEW.v WHERE id = NEW.id; RETURN NULL; END';
+		CREATE TRIGGER "A first" AFTER INSERT OR UPDATE OF v ON again
+			FOR EACH ROW EXECUTE FUNCTION follow();
+		INSERT INTO again VALUES (1, 1, 0, 1), (2, 2, 0, 1);
+		UPDATE again SET v = v + 10;
+		UPDATE again SET id = 3 WHERE id = 1});
+	$alpha->wait_caught_up('beta');
+	is($alpha->safe_psql('postgres', 'SELECT * FROM again ORDER BY id'),
+		"2|12|12|3\n3|11|11|3", 'what the triggers made of it');
+	$alpha->same_rows($beta, 'again');
+};
+
 # On a standby these wrote to shared memory that nobody reads, or waited for a
 # worker that does not exist; after promotion nobody looked at the old queue.
 section 'a standby is promoted' => sub {

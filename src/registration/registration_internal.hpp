@@ -117,8 +117,13 @@ void CheckPeer(const PeerQuestion &question);
 
 /* ---- pair_triggers.cpp ---- */
 
-constexpr const char *kRowTrigger = "mmrepl_capture";
-constexpr const char *kTruncateTrigger = "mmrepl_truncate";
+/*
+ * Triggers of an event fire in the order of their names.  Ours comes first, before
+ * those of foreign keys too: a trigger before it that changes the row again would
+ * have its newer version captured before the older one.
+ */
+constexpr const char *kRowTrigger = "!mmrepl_capture";
+constexpr const char *kTruncateTrigger = "!mmrepl_truncate";
 
 /* The triggers without arguments, which serve the table's pairs; InvalidOid: there is none. */
 struct PairTriggers
