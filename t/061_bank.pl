@@ -17,7 +17,7 @@ use Test::More;
 Bank::run(
 	seconds => $ENV{MMREPL_SECONDS} || 20,
 	clients => 16,
-	two_phase => 1,
+	two_phase => 0.5,
 	faults => [
 		'cut', 'close', 'kill', 'immediate', 'fast', 'reset', 'stall',
 		'lost answer', 'lost commit', 'black hole'
