@@ -124,6 +124,9 @@ sub script
 		$id++;
 	};
 
+	# What a crash leaves prepared, until tidy() ends it, may hold a row.
+	push @do, "SET lock_timeout = '1s';\n";
+
 	# Sync, with savepoints, with async changes before and after, and given up.
 	$add->('', 1);
 	$add->(undone($side, $id, 1), 1, '; RELEASE b');
@@ -221,20 +224,35 @@ sub run
 	return;
 }
 
-# Something to recover from: a transaction is prepared at the peer and fails here;
-# then the same, and the server restarts itself.
+# A transaction is prepared at the peer and fails here.
+sub fail_two_phases
+{
+	my ($self, $side) = @_;
+
+	return $self->two_phases_with($side, 'commit-heads-written:error:1');
+}
+
+# The same, with a crash: the worker has something to recover.
 sub break_two_phases
 {
 	my ($self, $side) = @_;
+
+	return $self->two_phases_with($side, 'two-phase-prepared:kill:1');
+}
+
+sub two_phases_with
+{
+	my ($self, $side, $fault) = @_;
 	my $node = $self->{nodes}->[$side];
 
-	foreach my $fault ('commit-heads-written:error:1', 'two-phase-prepared:kill:1')
-	{
-
-		query($node, "SET mmrepl.fault = '$fault'; SET mmrepl.two_phase = 'on'; "
-			. "INSERT INTO slog VALUES ($side, -$self->{next}, 0)");
-		forget_fault($node, $fault) if fired($node, $fault);
-	}
+	# At the first try the fence may still be closed.
+	until_true(
+		sub {
+			query($node, "SET mmrepl.fault = '$fault'; SET mmrepl.two_phase = 'on'; "
+				. "INSERT INTO slog VALUES ($side, -$self->{next}, 0)");
+			return fired($node, $fault);
+		}) or fail($node->name . " comes to $fault");
+	forget_fault($node, $fault) if fired($node, $fault);
 	return;
 }
 
@@ -336,7 +354,10 @@ sub check
 				  && query($node, "SELECT state = 'streaming' AND queue_transactions = 0 "
 					  . "FROM mmrepl.pg_stat_mmrepl WHERE server = '$peer'") eq 't';
 			}) or push @wrong, 'stuck: ' . $node->describe($peer);
-		my $found = query($node, $wrongs);
+		my $found;
+
+		# The peer's worker may still have to end what it finds prepared here.
+		until_true(sub { $found = query($node, $wrongs); return defined $found && $found eq '' });
 		push @wrong, $node->name . " has $found" if !defined $found || $found ne '';
 		push @wrong, map { "lost at $_" } $self->lost($side);
 	}
