@@ -329,6 +329,24 @@ section 'given up while the worker connects' => sub {
 
 kill 'CONT', $beta->{_pid}; # whatever has happened
 
+section 'given up, and its user mapping is dropped' => sub {
+	$beta->peer_down('fast');
+	ok(write_until(q{state = 'needs resync'}, 40), 'the server needs a resync');
+	stat_ok(q{last_error ~ 'needs a resync'}, 'the worker knows');
+	my $log = -s $alpha->logfile;
+	here('DROP USER MAPPING FOR CURRENT_USER SERVER beta');
+	stat_ok(q{last_error ~ 'user mapping' AND consecutive_failures >= 3},
+		'it tries less and less often');
+	my $text = PostgreSQL::Test::Utils::slurp_file($alpha->logfile, $log);
+	ok($text !~ /needs a resync, nothing is delivered/, 'and says nothing twice');
+	my $user = here('SELECT current_user'); # the same on both nodes
+	here("CREATE USER MAPPING FOR CURRENT_USER SERVER beta OPTIONS (user '$user')");
+	$beta->peer_up;
+	here(q{SELECT mmrepl.resync('beta', truncate => true)});
+	synced();
+	$alpha->same_rows($beta, 'item');
+};
+
 # No worker runs, nor will: the writers decide.
 section 'without a worker' => sub {
 	$beta->peer_down('fast');

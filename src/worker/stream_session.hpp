@@ -78,6 +78,7 @@ struct Session
 	uint64 persisted;	  /* confirmed, as last written to the stream's row */
 	TimestampTz upkeep_at;
 	bool rest_is_due; /* upkeep of a stream that needs a resync has something left to do */
+	bool resting;	  /* it has been said that nothing is delivered, and the peer was let go */
 
 	TimestampTz recovery_at; /* when to look for prepared transactions again */
 	int64 recovery_delay;	 /* before that look */

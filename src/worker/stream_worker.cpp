@@ -105,8 +105,9 @@ GivenUp(const Session *session)
 static void
 RestFromDelivery(Session *session)
 {
-	if (session->shared->state == shmem::WorkerState::NeedsResync && session->conn == NULL)
+	if (session->resting && session->conn == NULL)
 		return;
+	session->resting = true;
 	DropPeer(session);
 	session->failures = 0;
 	session->retry_at = 0;
@@ -176,7 +177,7 @@ Timeout(const Session *session)
 	TimestampTz due = 0;
 
 	if (GivenUp(session))
-		due = 0;
+		due = session->attended ? 0 : session->retry_at;
 	else if (session->conn == NULL && !session->shared->paused)
 		due = session->retry_at;
 	else if (session->conn != NULL && !session->holds_lock && !session->shared->paused)
@@ -185,7 +186,7 @@ Timeout(const Session *session)
 		session->rest_is_due)
 		due = due == 0 ? session->upkeep_at : Min(due, session->upkeep_at);
 	if ((session->conn != NULL || session->shared->paused || GivenUp(session)) &&
-		session->recovery_at != DT_NOEND)
+		session->target != NULL && session->recovery_at != DT_NOEND)
 		due = due == 0 ? session->recovery_at : Min(due, session->recovery_at);
 	if (TimestampTz silence = SilenceEnds(session); silence != 0)
 		due = due == 0 ? silence : Min(due, silence);
@@ -273,6 +274,7 @@ Round(Session *session)
 		Resolve(session);
 		return;
 	}
+	session->resting = false;
 	if (session->conn != NULL && !Receive(session))
 		return;
 	WatchSilence(session);
