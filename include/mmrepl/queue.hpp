@@ -203,6 +203,8 @@ struct ChunkRef
 struct Cursor
 {
 	Place place;
+	int32 stream;
+	uint64 xid;
 	ChunkRef *chunks;
 	uint32 count;
 	uint32 next;

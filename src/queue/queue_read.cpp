@@ -153,21 +153,30 @@ OpenCursor(Cursor *cursor, const Place &place, int32 stream, uint64 xid)
 
 	*cursor = {};
 	cursor->place = place;
+	cursor->stream = stream;
+	cursor->xid = xid;
 	WithLatestSnapshot(
 		[&] { cursor->chunks = FindChunks(rel, place, stream, xid, &cursor->count); });
 	table_close(rel, AccessShareLock);
 }
 
-/* Append the next chunk's bytes; false when its segment is complete with it. */
+/*
+ * Append the next chunk's bytes; false when its segment is complete with it.
+ * What resync() has discarded may have made room for others meanwhile.
+ */
 static bool
 JoinSlice(Relation rel, Cursor *cursor, StringInfo segment)
 {
 	const ChunkRef &chunk = cursor->chunks[cursor->next];
+	bool same = false;
 	bool there = FetchRow(rel, chunk.tid, [&](const Row &row) {
-		appendBinaryStringInfo(segment, row.payload, (int) row.payload_length);
+		same = !(row.flags & kHead) && row.stream == cursor->stream && row.xid == cursor->xid &&
+			   row.seq == chunk.seq;
+		if (same)
+			appendBinaryStringInfo(segment, row.payload, (int) row.payload_length);
 	});
 
-	MmreplEnsure(there, "a chunk row of the queue vanished");
+	MmreplEnsure(there && same, "a chunk row of the queue vanished");
 	cursor->next++;
 	return cursor->next < cursor->count &&
 		   cursor->chunks[cursor->next].seq >> kSliceBits == chunk.seq >> kSliceBits;
@@ -197,6 +206,13 @@ ReadSome(Cursor *cursor, uint64 max_bytes, SegmentSink sink, void *arg)
 	return cursor->next < cursor->count;
 }
 
+/* Whether the row is the head that was found there; another may stand where that was discarded. */
+static bool
+IsHeadOf(const Row &row, const Ref &ref)
+{
+	return row.ticket == ref.ticket && row.xid == ref.xid && (row.flags & kHead);
+}
+
 /* Fetch a head row and pass it, decoded, to fn. */
 template <typename Fn>
 static void
@@ -206,7 +222,7 @@ WithHead(const Ref &ref, Fn fn)
 	bool same = false;
 	bool there = WithLatestSnapshot([&] {
 		return FetchRow(rel, ref.tid, [&](const Row &row) {
-			same = row.ticket == ref.ticket && row.xid == ref.xid && (row.flags & kHead);
+			same = IsHeadOf(row, ref);
 			if (same)
 				fn(row);
 		});
@@ -245,15 +261,17 @@ RemoveHead(const Ref &ref)
 {
 	Relation rel = table_open(catalog::GetRelations().queue[ref.table], RowExclusiveLock);
 	ItemPointerData tid = ref.tid;
-	bool there = WithLatestSnapshot([&] { return FetchRow(rel, tid, [](const Row &) {}); });
+	bool same = false;
 
-	if (there)
+	WithLatestSnapshot(
+		[&] { (void) FetchRow(rel, tid, [&](const Row &row) { same = IsHeadOf(row, ref); }); });
+	if (same)
 	{
 		simple_heap_delete(rel, &tid);
 		CommandCounterIncrement();
 	}
 	table_close(rel, NoLock);
-	return there;
+	return same;
 }
 
 } // namespace mmrepl::queue
