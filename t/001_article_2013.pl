@@ -198,8 +198,22 @@ is( loc(q{SELECT string_agg(pk1::text, ' ' ORDER BY pk1) FROM loc_test}),
 	'a session whose application_name is the fourth argument writes here');
 is(rmt(q{SELECT string_agg(pk1::text, ' ' ORDER BY pk1) FROM rmt_test}),
 	'9 10 21', '... and is not captured');
-loc('DELETE FROM loc_test WHERE pk1 = 20');
-rmt('DELETE FROM rmt_test WHERE pk1 = 21');
+
+# The peer has no such row: what stands on one side only goes there only.
+my (undef, undef, $refusal) = $node->psql(
+	'local',
+	'DELETE FROM loc_test WHERE pk1 = 20',
+	extra_params => [ '-U', 'local' ]);
+like($refusal, qr/could not serialize replicated change: conflict=delete_missing/,
+	'sync: a delete of a row that the peer does not have is refused');
+loc('DELETE FROM loc_test WHERE pk1 = 20',
+	connstr => "port=$port host="
+	  . $node->host
+	  . " dbname=local application_name=$app");
+rmt('DELETE FROM rmt_test WHERE pk1 = 21',
+	connstr => "port=$port host="
+	  . $node->host
+	  . " dbname=remote application_name=$app");
 
 loc('TRUNCATE TABLE loc_test');
 is(rmt('SELECT count(*) FROM rmt_test'),

@@ -129,6 +129,10 @@ while (load_is_running())
 	my $draw = rand();
 	my $kind =
 	  $draw < 0.45 ? 'worker' : $draw < 0.9 ? 'receiver' : 'launcher';
+
+	# However few blows there is time for: two of each that have to be.
+	$kind = 'worker' if $blows{worker} < 2;
+	$kind = 'receiver' if $blows{receiver} < $blows{worker} && $blows{receiver} < 2;
 	my $pid = $node->safe_psql('postgres', $victims{$kind});
 
 	next unless $pid =~ /^\d+$/;
