@@ -268,7 +268,9 @@ IsRefusal(PGconn *conn, const connection::Failure &failure)
 static bool
 LookLater(Session *session, const connection::Failure &failure)
 {
-	stats::SetError(*session->shared, failure.sqlstate, failure.message);
+	/* That a resync is needed is what the view has to say until there was one. */
+	if (!GivenUp(session))
+		stats::SetError(*session->shared, failure.sqlstate, failure.message);
 	if (session->warned_xid != PG_UINT64_MAX)
 		ereport(WARNING,
 				(errcode(failure.sqlstate),

@@ -86,6 +86,13 @@ struct Session
 	uint64 warned_xid;		 /* the log was told that it cannot be ended */
 };
 
+/* Whether the stream's queue was given up: it rests until mmrepl.resync(). */
+inline bool
+GivenUp(const Session *session)
+{
+	return pg_atomic_read_u64(&session->shared->discarded) == shmem::kNeedsResync;
+}
+
 /* session.cpp: connection, ordering lock, failures */
 void Attend(Session *session);
 bool EnsureConnected(Session *session);

@@ -95,12 +95,6 @@ InitSession(Session *session, int slot)
 
 /* ---- a stream that needs a resync ---- */
 
-static bool
-GivenUp(const Session *session)
-{
-	return pg_atomic_read_u64(&session->shared->discarded) == shmem::kNeedsResync;
-}
-
 /* Nothing is delivered; the tables may be emptied of what was queued. */
 static void
 RestFromDelivery(Session *session)

@@ -31,14 +31,24 @@ sub pid_where
 	return query($node, "SELECT pid FROM pg_stat_activity WHERE $where ORDER BY backend_start LIMIT 1");
 }
 
+# A background worker may still be on its way up after the blow before.
+sub worker_of
+{
+	my ($node, $type) = @_;
+	my $pid;
+
+	until_true(sub { $pid = pid_where($node, "backend_type = '$type'") });
+	return $pid;
+}
+
 # ---- kill -9 under load ----
 
 my %victims = (
 	"the source's postmaster" => sub { $alpha->{_pid} },
 	"the peer's postmaster" => sub { $beta->{_pid} },
 	'both postmasters' => sub { ($alpha->{_pid}, $beta->{_pid}) },
-	'a worker' => sub { pid_where($alpha, "backend_type = 'mmrepl stream worker'") },
-	'the launcher' => sub { pid_where($alpha, "backend_type = 'mmrepl launcher'") },
+	'a worker' => sub { worker_of($alpha, 'mmrepl stream worker') },
+	'the launcher' => sub { worker_of($alpha, 'mmrepl launcher') },
 	'a capturing session' => sub { pid_where($alpha, "query LIKE '%counter SET n%'") },
 	'a receiving session' => sub { pid_where($beta, "query LIKE '%mmrepl.apply%'") });
 
