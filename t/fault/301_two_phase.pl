@@ -96,7 +96,7 @@ foreach my $fault (@faults)
 {
 	section $fault => sub {
 		run_transaction($fault);
-		ok(fired($alpha, $fault), 'it has fired');
+		ok(await_fault($alpha, $fault), 'it has fired');
 		bring_back($alpha) if $fault =~ /:crash:/;
 		comes_back($alpha) if $fault =~ /:kill:/;
 		forget_fault($alpha, $fault);

@@ -111,7 +111,7 @@ foreach my $point ('rotate-switched', 'rotate-emptied')
 			last if fired($alpha, "$point:crash:1");
 			$load->run;
 		}
-		ok(fired($alpha, "$point:crash:1"), 'it came to that');
+		ok(await_fault($alpha, "$point:crash:1"), 'it came to that');
 		revive();
 		disarm_faults($alpha);
 		$load->check('nothing is lost or doubled');

@@ -245,9 +245,11 @@ sub two_phases_with
 	my ($self, $side, $fault) = @_;
 	my $node = $self->{nodes}->[$side];
 
-	# At the first try the fence may still be closed.
+	# At the first try the fence may still be closed.  The node's own fault may
+	# fire now.
 	until_true(
 		sub {
+			bring_back($node) if is_down($node);
 			query($node, "SET mmrepl.fault = '$fault'; SET mmrepl.two_phase = 'on'; "
 				. "INSERT INTO slog VALUES ($side, -$self->{next}, 0)");
 			return fired($node, $fault);

@@ -58,42 +58,55 @@ sub mark_of
 	return $node->data_dir . "/mmrepl_fault/$fault";
 }
 
-# Set the fault for the whole node, in its configuration file, and tell everybody.
-sub arm_fault
+# Make this the node's setting, and tell everybody who is there to be told: a
+# server that is down, or about to be, reads it when it starts.
+sub set_fault
 {
 	my ($node, $fault) = @_;
 	my $file = $node->data_dir . '/fault.conf';
-	my $conf = $node->data_dir . '/postgresql.conf';
 
 	open(my $out, '>', $file) or die "$file: $!";
 	print $out "mmrepl.fault = '$fault'\n";
 	close($out);
-	$node->append_conf('postgresql.conf', "include 'fault.conf'")
-	  unless slurp_file($conf) =~ /fault\.conf/;
-	$node->reload;
+	kill('HUP', $node->{_pid}) unless is_down($node);
 	return;
 }
 
-# No fault any more; those that wait go on, and all can be armed anew.
+# Set the fault for the whole node, in its configuration file, and tell everybody.
+# It may have fired before.
+sub arm_fault
+{
+	my ($node, $fault) = @_;
+	my $conf = $node->data_dir . '/postgresql.conf';
+
+	$node->append_conf('postgresql.conf', "include 'fault.conf'")
+	  unless slurp_file($conf) =~ /fault\.conf/;
+	unlink mark_of($node, $fault);
+	set_fault($node, $fault);
+	return;
+}
+
+# No fault any more, and those that wait go on.  The marks stay, so that a process
+# which has not been told yet does not fire after all.
 sub disarm_faults
 {
 	my ($node) = @_;
 
-	open(my $out, '>', $node->data_dir . '/fault.conf') or die $!;
-	close($out);
-	unlink glob(mark_of($node, '*'));
-	$node->reload unless is_down($node);
+	set_fault($node, '');
+	truncate($_, 0) || die "$_: $!" foreach glob(mark_of($node, '*'));
 	return;
 }
 
-# The process in which it has fired, or an empty string.
+# The process in which it has fired, or an empty string.  Who was to be killed is
+# dead by then, and so, after a crash, is the postmaster.
 sub fired
 {
 	my ($node, $fault) = @_;
 	my $mark = mark_of($node, $fault);
 
-	return '' unless -s $mark;
-	return slurp_file($mark) =~ /^(\d+)$/ ? $1 : '';
+	return '' unless -s $mark && slurp_file($mark) =~ /^(\d+)$/;
+	my $pid = $1;
+	return $fault =~ /:(kill|crash):/ && !is_gone($pid) ? '' : $pid;
 }
 
 sub await_fault
@@ -150,13 +163,20 @@ sub comes_back
 	return ok($back, $node->name . ' answers');
 }
 
-# Whether the postmaster is gone, if not yet waited for by whoever inherited it.
+# Whether the postmaster is gone.
 sub is_down
 {
 	my ($node) = @_;
-	my $pid = $node->{_pid};
 
-	return 1 if !defined $pid || !kill(0, $pid);
+	return !defined $node->{_pid} || is_gone($node->{_pid});
+}
+
+# Whether a process is gone, if not yet waited for by whoever inherited it.
+sub is_gone
+{
+	my ($pid) = @_;
+
+	return 1 unless kill(0, $pid);
 	open(my $stat, '<', "/proc/$pid/stat") or return 0;
 	return (<$stat> // '') =~ /\) [ZX] /;
 }
