@@ -347,6 +347,28 @@ section 'given up, and its user mapping is dropped' => sub {
 	$alpha->same_rows($beta, 'item');
 };
 
+section 'a pair goes and another comes while resync() waits' => sub {
+	my ($writer, $other, $resync) = map { $alpha->session } (1 .. 3);
+
+	$alpha->create_table_on_both($beta, 'CREATE TABLE swapped (id int PRIMARY KEY, v text)');
+	$writer->ok('BEGIN');
+	$writer->ok(q{UPDATE item SET v = 'in the way' WHERE id = 2});
+	$resync->start(q{SELECT mmrepl.resync('beta', force => true)});
+	my $waits = 'SELECT count(*) = 1 FROM pg_locks WHERE NOT granted AND pid = ' . $resync->pid;
+	$alpha->poll_ok("$waits AND relation = 'item'::regclass", 'it waits for a writer');
+	here(q{SELECT mmrepl.drop_pair('other', 'beta'); SELECT mmrepl.create_pair('swapped', 'beta')});
+	$other->ok('BEGIN');
+	$other->ok(q{INSERT INTO swapped VALUES (1, 'in the way, too')});
+	$writer->ok('COMMIT');
+	$alpha->poll_ok("$waits AND relation = 'swapped'::regclass", q{and for the new table's});
+	$other->ok('COMMIT');
+	$resync->finish;
+	here(q{SELECT mmrepl.drop_pair('swapped', 'beta'); SELECT mmrepl.create_pair('other', 'beta')});
+	synced();
+	$alpha->same_rows($beta, $_) foreach ('item', 'swapped');
+	$_->quit foreach ($writer, $other, $resync);
+};
+
 # No worker runs, nor will: the writers decide.
 section 'without a worker' => sub {
 	$beta->peer_down('fast');

@@ -107,6 +107,23 @@ TablesOf(const catalog::StreamRow *stream, const char *server)
 	return tables;
 }
 
+/* Whether both lists, which are sorted, hold the same. */
+bool
+SameTables(const List *left, const List *right)
+{
+	if (list_length(left) != list_length(right))
+		return false;
+	for (int i = 0; i < list_length(left); i++)
+	{
+		const CopiedTable *a = (const CopiedTable *) list_nth(left, i);
+		const CopiedTable *b = (const CopiedTable *) list_nth(right, i);
+
+		if (a->table != b->table || a->pair_id != b->pair_id)
+			return false;
+	}
+	return true;
+}
+
 /* Lock writers out of a table and what is below it. */
 void
 LockTable(Oid table)
@@ -121,7 +138,7 @@ LockTable(Oid table)
 
 /*
  * Lock the stream's tables, then its row, and read a ticket; again, if by then it
- * has more tables.  Writers of a pair that is seen by nobody yet draw later ones.
+ * has other tables.  Writers of a pair that is seen by nobody yet draw later ones.
  */
 List *
 LockAll(const catalog::StreamRow *stream, const char *server, uint64 *last)
@@ -130,11 +147,11 @@ LockAll(const catalog::StreamRow *stream, const char *server, uint64 *last)
 
 	for (;;)
 	{
-		int locked = list_length(tables);
+		const List *locked = tables;
 		ListCell *cell;
 
 		tables = TablesOf(stream, server);
-		if (locked > 0 && list_length(tables) == locked)
+		if (locked != NIL && SameTables(locked, tables))
 			return tables;
 		foreach(cell, tables)
 			LockTable(((const CopiedTable *) lfirst(cell))->table);
