@@ -4,6 +4,7 @@
  */
 #include "mmrepl/capture.hpp"
 #include "mmrepl/catalog.hpp"
+#include "mmrepl/connection.hpp"
 #include "mmrepl/fault.hpp"
 #include "mmrepl/guc.hpp"
 #include "mmrepl/shmem.hpp"
@@ -30,6 +31,8 @@ _PG_init(void)
 		return;
 	mmrepl::shmem::AddRegion("mmrepl statistics", mmrepl::stats::SharedSize,
 							 mmrepl::stats::InitShared);
+	mmrepl::shmem::AddRegion("mmrepl connections", mmrepl::connection::SharedSize,
+							 mmrepl::connection::InitShared);
 	MMREPL_IN_TEST_BUILD(mmrepl::shmem::AddRegion("mmrepl fault points", mmrepl::fault::SharedSize,
 												  mmrepl::fault::InitShared));
 	mmrepl::shmem::Init();

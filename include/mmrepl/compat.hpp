@@ -51,6 +51,17 @@ PeerWaitEvent()
 #endif
 }
 
+/* Let a session that is idle run an empty transaction; no error (17: proc numbers). */
+inline void
+WakeIdleSession(int pid)
+{
+#if PG_VERSION_NUM >= 170000
+	(void) SendProcSignal(pid, PROCSIG_CATCHUP_INTERRUPT, INVALID_PROC_NUMBER);
+#else
+	(void) SendProcSignal(pid, PROCSIG_CATCHUP_INTERRUPT, InvalidBackendId);
+#endif
+}
+
 /* The local id of a process's transaction (17: in vxid). */
 inline LocalTransactionId
 LocalTransactionOf(const PGPROC *proc)

@@ -92,7 +92,9 @@ Notes *NotesOf(const PGconn *conn);
  * The session's cached connection to a target (one per server and owner),
  * opened if need be; raises the peer's or libpq's error.  A cached connection
  * that died or whose options changed is replaced.  *fresh tells that the
- * connection was just made.
+ * connection was just made, or was to be.  Waits until the deadline for one of
+ * those that mmrepl.max_peer_connections allows (ERRCODE_TOO_MANY_CONNECTIONS),
+ * and then no longer than mmrepl.connect_timeout for the peer.
  */
 PGconn *GetCached(Oid server, Oid owner, TimestampTz deadline, bool *fresh);
 /*
@@ -103,6 +105,16 @@ PGconn *GetCached(Oid server, Oid owner, TimestampTz deadline, bool *fresh);
 PGconn *TryCached(Oid server, Oid owner, TimestampTz deadline, bool *fresh, Failure *failure);
 /* Close the cached connection (after a doubt); safe in abort and COMMIT callbacks. */
 void DropCached(Oid server, Oid owner);
+/*
+ * At the end of every transaction, when its locks are released: cached
+ * connections that are not in use are given up if other sessions wait for one.
+ * Raises nothing; waits some milliseconds for the end of a session there.
+ */
+void RestCached();
+
+/* Shared memory of the bound on cached connections. */
+Size SharedSize();
+void InitShared(bool found, void *where);
 
 /*
  * Wait until the connection is readable (or writable, when asked), the latch is

@@ -11,6 +11,7 @@
  *	 registry LWLock	identity of streams and databases (rarely)
  *	 clock spinlock		ticket clock, in-flight slots, ring reservation
  *	 stream spinlock	a stream's control words and texts
+ *	 places LWLock		sessions' connections to peers; nothing else is taken under it
  * No spinlock section calls a function that can raise, wait or allocate.
  */
 #pragma once
@@ -188,6 +189,7 @@ struct State
 {
 	LWLock *registry;
 	LWLock *startup; /* held while a database's queue is read for the first time */
+	LWLock *places;	 /* who holds, and who waits for, a connection to a peer */
 	slock_t clock_mutex;
 	uint64 last_ticket;	 /* hybrid logical clock: microseconds since the Unix epoch, or more */
 	uint64 first_ticket; /* the clock at the start of the server */

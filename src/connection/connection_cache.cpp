@@ -5,9 +5,12 @@
  * Changes of servers, mappings, wrappers and roles only mark the entries; a
  * marked connection is compared with its new options when it is asked for, and
  * others are closed then if they are idle.  A connection with an open
- * transaction is never closed here: somebody holds it.
+ * transaction is never closed here: somebody holds it.  Each has a place among
+ * those that mmrepl.max_peer_connections allows.
  */
 #include "connection_internal.hpp"
+
+#include "mmrepl/guc.hpp"
 
 namespace mmrepl::connection
 {
@@ -29,6 +32,7 @@ struct Entry
 	PGconn *conn;
 	uint32 hash; /* of the options that it was made from */
 	bool invalidated;
+	int place; /* -1: none, or not counted */
 };
 
 HTAB *cache = NULL;
@@ -53,6 +57,8 @@ CloseEntry(Entry *entry)
 
 	entry->conn = NULL;
 	Close(conn);
+	LeavePlace(entry->place);
+	entry->place = -1;
 }
 
 /* Syscache callback: something that connections are made from has changed. */
@@ -95,6 +101,7 @@ EntryOf(Oid server, Oid owner)
 		entry->conn = NULL;
 		entry->hash = 0;
 		entry->invalidated = false;
+		entry->place = -1;
 	}
 	return entry;
 }
@@ -165,9 +172,22 @@ bool
 OpenEntry(Entry *entry, TimestampTz deadline, Failure *failure)
 {
 	Target *target = ResolveEntry(entry);
+	auto give_up = [&] { CloseEntry(entry); };
 
-	entry->conn = Open(target, deadline, failure);
+	if (!TakePlace(entry->key.server, entry->key.owner, target->server_name, deadline,
+				   &entry->place, failure))
+	{
+		entry->place = -1;
+		return false;
+	}
+	Guarded(
+		[&] {
+			entry->conn = Open(target, Min(deadline, DeadlineIn(guc::connect_timeout)), failure);
+		},
+		give_up);
 	entry->hash = target->hash;
+	if (entry->conn == NULL)
+		give_up();
 	return entry->conn != NULL;
 }
 
@@ -184,6 +204,8 @@ TryCached(Oid server, Oid owner, TimestampTz deadline, bool *fresh, Failure *fai
 
 	*fresh = false;
 	CloseStale(entry);
+	if (entry->conn != NULL)
+		UsePlace(entry->place);
 	if (entry->conn != NULL && InTransaction(entry->conn))
 		return entry->conn;
 	if (entry->conn != NULL && (!Alive(entry->conn) || Outdated(entry)))
@@ -217,6 +239,23 @@ DropCached(Oid server, Oid owner)
 		entry = (Entry *) hash_search(cache, &key, HASH_FIND, NULL);
 	if (entry != NULL)
 		CloseEntry(entry);
+}
+
+/* Others wait for it, or there are more than are allowed. */
+void
+RestCached()
+{
+	if (cache == NULL)
+		return;
+	ForEach([](Entry *entry) {
+		if (entry->conn == NULL || PQtransactionStatus(entry->conn) != PQTRANS_IDLE ||
+			!RestPlace(entry->place))
+			return;
+		CloseAwaited(entry->conn);
+		entry->conn = NULL;
+		YieldPlace(entry->place);
+		entry->place = -1;
+	});
 }
 
 } // namespace mmrepl::connection

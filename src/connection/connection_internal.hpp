@@ -25,6 +25,31 @@ int WaitSocket(int socket, int events, TimestampTz deadline);
 /* Fill *failure with something that no PGresult told. */
 void SetFailure(Failure *failure, int sqlstate, const char *message);
 
+/* Close every connection of the process; an exit callback. */
+void CloseAll(int, Datum);
+
+/* The same for one, and wait a little for the end of the peer's session.  Raises nothing. */
+void CloseAwaited(PGconn *conn);
+
+/* ---- places: the bound on cached connections, see connection_places.cpp; -1: uncounted ---- */
+
+/* Get a place, waiting in line if need be; false with *failure filled at the deadline. */
+bool TakePlace(Oid server, Oid owner, const char *server_name, TimestampTz deadline, int *place,
+			   Failure *failure);
+
+/* Give it back; raises nothing. */
+void LeavePlace(int place);
+
+/* The place's connection is used for a transaction from now on. */
+void UsePlace(int place);
+
+/*
+ * It is not: the session keeps it, or (true) closes it because others wait, and
+ * then says YieldPlace().
+ */
+bool RestPlace(int place);
+void YieldPlace(int place);
+
 /* libpq's text on a connection that could not be had, with the SQLSTATE that it holds. */
 void DescribeConnecting(PGconn *conn, const char *server_name, Failure *failure);
 

@@ -26,14 +26,6 @@ struct Opened
 
 Opened *opened = NULL;
 
-/* Process exit: the peers get a proper goodbye. */
-void
-CloseAll(int, Datum)
-{
-	while (opened != NULL)
-		Close(opened->conn);
-}
-
 /*
  * libpq's notice receiver: what the peer remarks goes to our log at DEBUG1, not
  * to stderr.
@@ -202,6 +194,14 @@ SetUpSession(PGconn *conn, const Target *target, TimestampTz deadline, Failure *
 }
 
 } // namespace
+
+/* Process exit: the peers get a proper goodbye. */
+void
+CloseAll(int, Datum)
+{
+	while (opened != NULL)
+		Close(opened->conn);
+}
 
 /* A connection that is ready for use; NULL with *failure filled when it cannot be had. */
 PGconn *

@@ -14,7 +14,8 @@ namespace mmrepl::connection
 namespace
 {
 
-constexpr int kEndTimeout = 500; /* ms: bound of the attempt to end a session at the peer */
+constexpr int kEndTimeout = 500;	 /* ms: bound of the attempt to end a session at the peer */
+constexpr int kGoodbyeTimeout = 100; /* ms: a session that is told to end ends sooner */
 
 /* The monotonic clock in milliseconds. */
 int64
@@ -194,6 +195,22 @@ ExecQuietly(PGconn *conn, const char *sql, int timeout_ms)
 	int64 until = QuietDeadline(timeout_ms);
 
 	return SendQuietly(conn, sql) && FinishQuietly(conn, sql, until);
+}
+
+/* The peer's session is gone when its end of the socket is closed. */
+void
+CloseAwaited(PGconn *conn)
+{
+	int64 until = MonotonicMs() + kGoodbyeTimeout;
+	int socket = PQsocket(conn) < 0 ? -1 : dup(PQsocket(conn));
+	char rest[256];
+
+	Close(conn);
+	if (socket < 0)
+		return;
+	while (PollUntil(socket, POLLIN, until) && recv(socket, rest, sizeof(rest), MSG_DONTWAIT) > 0)
+		;
+	close(socket);
 }
 
 /*

@@ -10,6 +10,7 @@ namespace mmrepl::guc
 {
 
 int max_servers = 8;
+int max_peer_connections = 0;
 int ring_size = 4096;
 int batch_size = 1024;
 int batch_transactions = 2000;
@@ -80,6 +81,11 @@ DefineWorkerSettings()
 			  0);
 	DefineInt("mmrepl.connect_timeout", "Longest wait for a connection to a peer.", NULL,
 			  &connect_timeout, 100, 600000, PGC_USERSET, GUC_UNIT_MS);
+	DefineInt(
+		"mmrepl.max_peer_connections",
+		"Connections to one peer that sessions hold for synchronous changes; 0 sets no limit.",
+		"Each server and owner of pairs counts by itself.", &max_peer_connections, 0, 262143,
+		PGC_SIGHUP, 0);
 	DefineInt("mmrepl.max_queue_size", "Changes that may wait for one server; 0 sets no limit.",
 			  "mmrepl.max_queue_action says what happens when more would wait.", &max_queue_size, 0,
 			  INT_MAX, PGC_SIGHUP, GUC_UNIT_KB);

@@ -61,7 +61,7 @@ Request()
 	RequestAddinShmemSpace(RingsSize());
 	for (int i = 0; i < n_regions; i++)
 		RequestAddinShmemSpace(regions[i].size());
-	RequestNamedLWLockTranche("mmrepl", 2);
+	RequestNamedLWLockTranche("mmrepl", 3);
 }
 
 static void
@@ -80,6 +80,7 @@ InitState()
 	memset(state, 0, sizeof(*state));
 	state->registry = &locks[0].lock;
 	state->startup = &locks[1].lock;
+	state->places = &locks[2].lock;
 	SpinLockInit(&state->clock_mutex);
 	state->last_ticket = state->first_ticket = ClockNow();
 	state->n_slots = CountSlots();

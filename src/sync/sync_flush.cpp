@@ -88,16 +88,16 @@ PGconn *
 IdleConnection(const Request &request, bool *fresh)
 {
 	const Work *work = request.work;
-	TimestampTz deadline = Min(request.deadline, connection::DeadlineIn(guc::connect_timeout));
 	PGconn *conn =
-		connection::TryCached(work->server, work->owner, deadline, fresh, request.failure);
+		connection::TryCached(work->server, work->owner, request.deadline, fresh, request.failure);
 
 	if (conn == NULL || PQtransactionStatus(conn) == PQTRANS_IDLE)
 		return conn;
 
 	/* Somebody left a transaction open; it is not this one's. */
 	connection::DropCached(work->server, work->owner);
-	return connection::TryCached(work->server, work->owner, deadline, fresh, request.failure);
+	return connection::TryCached(work->server, work->owner, request.deadline, fresh,
+								 request.failure);
 }
 
 /* Send everything from first on; *fresh tells whether a connection was made for it. */

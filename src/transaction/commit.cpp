@@ -284,6 +284,7 @@ OnResourceRelease(ResourceReleasePhase phase, bool, bool top_level, void *)
 {
 	if (phase != RESOURCE_RELEASE_AFTER_LOCKS || !top_level)
 		return;
+	connection::RestCached();
 	if (to_wake.streams != 0)
 		MMREPL_CRASH_POINT("commit-before-wake");
 	for (int slot = 0; to_wake.streams != 0; slot++, to_wake.streams >>= 1)

@@ -1,0 +1,372 @@
+/*
+ * connection_places.cpp
+ *		The bound on the connections that this node's sessions keep to one peer.
+ *
+ * A cached connection has a place, counted in shared memory for its server and
+ * owner.  A session that finds none free stands in line.  Whoever ends a
+ * transaction while somebody stands there gives its own connection up; one that
+ * sits idle at its client is asked to, by the signal with which the server wakes
+ * idle sessions to read invalidations: it runs an empty transaction, and that one's
+ * end is such an end.  A place that is free goes to the first in line.
+ *
+ * The LWLock `places` guards everything but the words that are atomic.
+ */
+#include "connection_internal.hpp"
+
+#include "mmrepl/guc.hpp"
+#include "mmrepl/shmem.hpp"
+
+namespace mmrepl::connection
+{
+
+namespace
+{
+
+constexpr int kPools = shmem::kMaxStreams;
+constexpr long kAskAgain = 1000; /* ms: somebody may have become idle without being seen */
+
+/* The connections of one server and owner. */
+struct Pool
+{
+	Oid database;
+	Oid server;
+	Oid owner;
+	int held;				  /* places taken, and granted */
+	int leaving;			  /* of these, on their way to being given back for those in line */
+	pg_atomic_uint32 waiting; /* sessions in line */
+};
+
+/* What one process has and wants. */
+struct Seat
+{
+	pg_atomic_uint64 idle; /* mask of pools: its connection has no transaction open */
+	uint64 held;		   /* mask of pools */
+	uint64 asked;		   /* mask of pools: it was woken to give the place up */
+	int wanted;			   /* the pool that it stands in line for; -1: none */
+	uint64 turn;		   /* lower ones come first */
+	pg_atomic_uint32 granted;
+	int pid;
+	Latch *latch;
+};
+
+struct Shared
+{
+	int bound; /* the setting, as the newest session to ask knows it; 0: none */
+	uint64 last_turn;
+	Pool pools[kPools];
+	Seat seats[FLEXIBLE_ARRAY_MEMBER]; /* by index of the process */
+};
+
+Shared *shared;
+
+uint64
+Bit(int pool)
+{
+	return UINT64CONST(1) << pool;
+}
+
+Seat &
+Mine()
+{
+	return shared->seats[MyProcIndex()];
+}
+
+template <typename Fn>
+auto
+Locked(Fn fn)
+{
+	LWLockAcquire(shmem::Get().places, LW_EXCLUSIVE);
+	if constexpr (__is_same(decltype(fn()), void))
+	{
+		fn();
+		LWLockRelease(shmem::Get().places);
+	}
+	else
+	{
+		auto result = fn();
+
+		LWLockRelease(shmem::Get().places);
+		return result;
+	}
+}
+
+/* ---- under the lock ---- */
+
+/* The pool of a server and owner, begun if need be; -1 when there is no room for it. */
+int
+FindPool(Oid server, Oid owner)
+{
+	int unused = -1;
+
+	for (int i = 0; i < kPools; i++)
+	{
+		Pool &pool = shared->pools[i];
+
+		if (pool.held == 0 && pg_atomic_read_u32(&pool.waiting) == 0)
+			unused = unused < 0 ? i : unused;
+		else if (pool.database == MyDatabaseId && pool.server == server && pool.owner == owner)
+			return i;
+	}
+	if (unused >= 0)
+	{
+		shared->pools[unused].database = MyDatabaseId;
+		shared->pools[unused].server = server;
+		shared->pools[unused].owner = owner;
+	}
+	return unused;
+}
+
+/* Whoever has stood in line for the longest time. */
+Seat *
+FirstInLine(int pool)
+{
+	Seat *first = NULL;
+
+	for (int i = 0; i < MaxBackends; i++)
+	{
+		Seat &seat = shared->seats[i];
+
+		if (seat.wanted == pool && (first == NULL || seat.turn < first->turn))
+			first = &seat;
+	}
+	return first;
+}
+
+/* The session stands in line no more. */
+void
+LeaveLine(Seat *seat)
+{
+	if (seat->wanted < 0)
+		return;
+	pg_atomic_fetch_sub_u32(&shared->pools[seat->wanted].waiting, 1);
+	seat->wanted = -1;
+}
+
+/* Give the pool's free places to the first in line. */
+void
+ServeLine(int index)
+{
+	Pool &pool = shared->pools[index];
+
+	while (pg_atomic_read_u32(&pool.waiting) > 0 &&
+		   (shared->bound == 0 || pool.held < shared->bound))
+	{
+		Seat *seat = FirstInLine(index);
+
+		if (seat == NULL)
+			return;
+		LeaveLine(seat);
+		seat->held |= Bit(index);
+		pool.held++;
+		pg_atomic_write_u32(&seat->granted, 1);
+		SetLatch(seat->latch);
+	}
+}
+
+void
+StandInLine(Seat *seat, int pool)
+{
+	seat->pid = MyProcPid;
+	seat->latch = MyLatch;
+	seat->turn = ++shared->last_turn;
+	seat->wanted = pool;
+	pg_atomic_write_u32(&seat->granted, 0);
+	pg_atomic_fetch_add_u32(&shared->pools[pool].waiting, 1);
+	ServeLine(pool);
+}
+
+/* Let an idle session that was not asked yet give its place up; any idle one, with `again`. */
+int
+PickIdle(int pool, bool again)
+{
+	for (int i = 0; i < MaxBackends; i++)
+	{
+		Seat &seat = shared->seats[i];
+
+		if (!(seat.held & pg_atomic_read_u64(&seat.idle) & Bit(pool)) ||
+			(!again && (seat.asked & Bit(pool))))
+			continue;
+		seat.asked |= Bit(pool);
+		return seat.pid;
+	}
+	return 0;
+}
+
+/* ---- waiting ---- */
+
+/* Wait until a place was granted; false at the deadline. */
+bool
+WaitInLine(Seat *seat, int pool, TimestampTz deadline)
+{
+	bool again = false;
+
+	while (pg_atomic_read_u32(&seat->granted) == 0)
+	{
+		long left = Remaining(deadline);
+		int idle = Locked([&] {
+			ServeLine(pool); /* the bound may have been raised */
+			return seat->wanted == pool ? PickIdle(pool, again) : 0;
+		});
+
+		if (left == 0)
+			return false;
+		if (idle != 0)
+			WakeIdleSession(idle);
+		int happened = WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+								 left < 0 ? kAskAgain : Min(left, kAskAgain), PeerWaitEvent());
+
+		again = happened & WL_TIMEOUT;
+		ResetLatch(MyLatch);
+		CHECK_FOR_INTERRUPTS();
+	}
+	return true;
+}
+
+void
+FailCrowded(const char *server_name, bool too_many_servers, Failure *failure)
+{
+	SetFailure(failure, ERRCODE_TOO_MANY_CONNECTIONS,
+			   psprintf("no connection to server \"%s\" is free", server_name));
+	if (too_many_servers)
+	{
+		failure->detail = pstrdup("Sessions are connected to too many servers to count them.");
+		return;
+	}
+	failure->detail = psprintf("All %d that \"mmrepl.max_peer_connections\" allows were in use by "
+							   "transactions of other sessions.",
+							   shared->bound);
+	failure->hint = pstrdup("Raise mmrepl.max_peer_connections, or let sessions wait longer with "
+							"mmrepl.sync_timeout.");
+}
+
+/* The process ends: its connections are closed, and nobody waits for it or because of it. */
+void
+LeaveAll(int, Datum)
+{
+	Seat &seat = Mine();
+
+	CloseAll(0, (Datum) 0);
+	Locked([&] {
+		LeaveLine(&seat);
+		for (int pool = 0; pool < kPools; pool++)
+		{
+			if (!(seat.held & Bit(pool)))
+				continue;
+			shared->pools[pool].held--;
+			ServeLine(pool);
+		}
+		seat.held = 0;
+	});
+}
+
+} // namespace
+
+/* ---- the room's own ---- */
+
+bool
+TakePlace(Oid server, Oid owner, const char *server_name, TimestampTz deadline, int *place,
+		  Failure *failure)
+{
+	static bool prepared = false;
+	Seat &seat = Mine();
+	bool granted = false;
+
+	if (!prepared)
+		on_shmem_exit(LeaveAll, (Datum) 0);
+	prepared = true;
+	*place = Locked([&] {
+		shared->bound = guc::max_peer_connections;
+		int pool = FindPool(server, owner);
+
+		if (pool >= 0)
+			StandInLine(&seat, pool);
+		return pool;
+	});
+	if (*place < 0 && guc::max_peer_connections == 0)
+		return true;
+	if (*place >= 0)
+		Guarded([&] { granted = WaitInLine(&seat, *place, deadline); },
+				[&] { LeavePlace(*place); });
+	if (granted)
+		return true;
+	FailCrowded(server_name, *place < 0, failure);
+	if (*place >= 0)
+		LeavePlace(*place);
+	return false;
+}
+
+void
+LeavePlace(int place)
+{
+	Seat &seat = Mine();
+
+	if (place < 0)
+		return;
+	Locked([&] {
+		LeaveLine(&seat);
+		seat.asked &= ~Bit(place);
+		pg_atomic_fetch_and_u64(&seat.idle, ~Bit(place));
+		if (seat.held & Bit(place))
+			shared->pools[place].held--;
+		seat.held &= ~Bit(place);
+		ServeLine(place);
+	});
+}
+
+void
+UsePlace(int place)
+{
+	if (place >= 0)
+		pg_atomic_fetch_and_u64(&Mine().idle, ~Bit(place));
+}
+
+/* The second look is after `idle` was set: whoever comes later sees that, and asks. */
+bool
+RestPlace(int place)
+{
+	if (place < 0)
+		return false;
+	Seat &seat = Mine();
+	Pool &pool = shared->pools[place];
+
+	pg_atomic_fetch_or_u64(&seat.idle, Bit(place));
+	if (pg_atomic_read_u32(&pool.waiting) == 0 &&
+		(shared->bound == 0 || pool.held <= shared->bound) && seat.asked == 0)
+		return false;
+	return Locked([&] {
+		int excess = shared->bound == 0 ? 0 : Max(pool.held - shared->bound, 0);
+		bool wanted = (int) pg_atomic_read_u32(&pool.waiting) + excess > pool.leaving;
+
+		seat.asked &= ~Bit(place);
+		pool.leaving += wanted;
+		return wanted;
+	});
+}
+
+void
+YieldPlace(int place)
+{
+	Locked([&] { shared->pools[place].leaving--; });
+	LeavePlace(place);
+}
+
+/* ---- shared memory ---- */
+
+Size
+SharedSize()
+{
+	return add_size(offsetof(Shared, seats), mul_size(MaxBackends, sizeof(Seat)));
+}
+
+void
+InitShared(bool found, void *where)
+{
+	shared = (Shared *) where;
+	if (found)
+		return;
+	memset(shared, 0, SharedSize());
+	for (int i = 0; i < MaxBackends; i++)
+		shared->seats[i].wanted = -1;
+}
+
+} // namespace mmrepl::connection

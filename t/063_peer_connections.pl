@@ -1,0 +1,222 @@
+# mmrepl.max_peer_connections: many sessions write synchronously over few
+# connections, without an error; who gets none is told so in time, can be
+# cancelled, and leaves nothing behind.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/lib";
+
+use MmreplCluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes ();
+
+my $bound = 5;
+my ($alpha, $beta) = MmreplCluster->new_pair(
+	conf => "max_connections = 100\nmmrepl.max_peer_connections = $bound\n");
+
+sub here { return $alpha->safe_psql('postgres', $_[0]) }
+sub there { return $beta->safe_psql('postgres', $_[0]) }
+
+$alpha->create_table_on_both($beta,
+	'CREATE TABLE item (id int PRIMARY KEY, v text);'
+	  . 'CREATE TABLE other (id int PRIMARY KEY, v text)');
+$alpha->create_pair('item', 'beta', q{mode => 'sync'});
+$alpha->create_pair('other', 'beta',
+	q{mode => 'sync', on_unreachable => 'queue'});
+$alpha->poll_state('beta', 'streaming');
+my ($worker) = $beta->peer_sessions;
+my $last_id = 0;
+
+# What sessions of alpha, as opposed to its worker, have open at beta.
+my $watch = $beta->session;
+
+sub at_peer
+{
+	return $watch->ok(
+		"SELECT count(*) FROM pg_stat_activity WHERE client_addr IS NOT NULL AND pid <> $worker"
+	);
+}
+
+sub insert { return "INSERT INTO item VALUES (" . ++$last_id . ", 'x')" }
+
+sub set_bound
+{
+	$alpha->append_conf('postgresql.conf', "mmrepl.max_peer_connections = $_[0]");
+	$alpha->reload;
+	$alpha->poll_query_until('postgres', 'SHOW mmrepl.max_peer_connections', $_[0])
+	  or die 'the setting was not read';
+	return;
+}
+
+# Whether the session waits for a peer, or for a connection to one.
+sub waits
+{
+	my ($session) = @_;
+	return $alpha->poll_query_until('postgres',
+		q{SELECT wait_event_type = 'Extension' FROM pg_stat_activity WHERE pid = }
+		  . $session->pid) || die 'the session does not wait';
+}
+
+section 'idle sessions give their connections up' => sub {
+	my @sessions = map { $alpha->session } (1 .. 3 * $bound);
+	my $most = 0;
+	my $longest = 0;
+
+	foreach my $round (1, 2)
+	{
+		foreach my $session (@sessions)
+		{
+			my $before = Time::HiRes::time();
+
+			$session->ok(insert());
+			my $took = Time::HiRes::time() - $before;
+			$longest = $took if $took > $longest;
+			my $count = at_peer();
+			$most = $count if $count > $most;
+		}
+	}
+	is($most, $bound, 'so many connections as the setting allows');
+	cmp_ok($longest, '<', 4, 'and nobody waits long for an idle session');
+	$alpha->same_rows($beta, 'item');
+	$_->quit foreach @sessions;
+};
+
+section 'sixty sessions' => sub {
+	my $script = PostgreSQL::Test::Utils::tempdir() . '/insert.sql';
+	my $out = '';
+	my $most = 0;
+
+	here('CREATE SEQUENCE ids START 100000');
+	append_to_file($script,
+		"BEGIN;\nINSERT INTO item VALUES (nextval('ids'), 'a');\n"
+		  . "INSERT INTO item VALUES (nextval('ids'), 'b');\nCOMMIT;\n");
+	my $bench = IPC::Run::start(
+		[
+			'pgbench', '-n', '-h', $alpha->host, '-p', $alpha->port,
+			'-c', '60', '-t', '4', '-f', $script, 'postgres'
+		],
+		'>', \$out, '2>', \$out);
+	while ($bench->pumpable)
+	{
+		my $count = at_peer();
+		$most = $count if $count > $most;
+		eval { $bench->pump_nb; };
+		Time::HiRes::usleep(3000);
+	}
+	ok($bench->finish, 'no error') or diag($out);
+	is($most, $bound, 'so many connections as the setting allows');
+	is(there('SELECT count(*) FROM item WHERE id >= 100000'),
+		2 * 60 * 4, 'all is committed, here and there');
+	$alpha->same_rows($beta, 'item');
+};
+
+section 'all connections are in use' => sub {
+	set_bound(1);
+	my ($holder, $waiter, $third) = map { $alpha->session } (1 .. 3);
+
+	$holder->ok('BEGIN');
+	$holder->ok(insert());
+	is(at_peer(), 1, 'a lower bound closes what is too many');
+
+	# The bound of the wait.
+	my ($lost, $took) = (insert());
+	$waiter->ok(q{SET mmrepl.sync_timeout = '600ms'});
+	$waiter->start($lost);
+	my ($out, $err);
+	($out, $err, $took) = $waiter->finish;
+	like($err, qr/ERROR:\s+53300: no connection to server "beta" is free/,
+		'too many connections');
+	like($err, qr/DETAIL:\s+All 1 that "mmrepl\.max_peer_connections" allows/,
+		'... with the setting');
+	like($err, qr/HINT:\s+Raise mmrepl\.max_peer_connections/, '... and what to do');
+	cmp_ok($took, '>', 0.59, 'not before sync_timeout');
+	cmp_ok($took, '<', 5, 'and soon after it');
+	is(here("SELECT count(*) FROM item WHERE id = $last_id"),
+		0, 'nothing is left of the statement');
+
+	# on_unreachable = 'queue': it goes on without.
+	(undef, $err) = $waiter->run(q{INSERT INTO other VALUES (1, 'queued')});
+	like($err, qr/NOTICE:.*server "beta" is not reached.*queued/s, 'or it is queued');
+	unlike($err, qr/ERROR/, '... without an error');
+	$waiter->ok(q{RESET mmrepl.sync_timeout});
+	$alpha->wait_caught_up('beta');
+	is(there('SELECT v FROM other'), 'queued', '... and arrives');
+
+	# A cancel, a savepoint's repair, a termination: no place is lost.
+	$waiter->start(insert());
+	waits($waiter);
+	here('SELECT pg_cancel_backend(' . $waiter->pid . ')');
+	(undef, $err) = $waiter->finish;
+	like($err, qr/ERROR:\s+57014: /, 'the wait can be cancelled');
+	$third->start(insert());
+	waits($third);
+	$alpha->terminate($third->pid);
+	eval { $third->quit };
+
+	# The first in line gets it, as soon as it is free.
+	$waiter->start(insert());
+	waits($waiter);
+	$holder->ok('COMMIT');
+	(undef, $err, $took) = $waiter->finish;
+	is($err, '', 'the next in line goes on when the transaction ends');
+	$holder->ok(insert());
+	is(at_peer(), 1, 'and gives its own up when the other one writes again');
+
+	# A holder that is terminated, in a transaction and idle.
+	foreach my $begin ('BEGIN', '')
+	{
+		$holder->ok($begin) if $begin ne '';
+		$holder->ok(insert());
+		$waiter->start(insert());
+		waits($waiter) if $begin ne '';
+		$alpha->terminate($holder->pid);
+		eval { $holder->quit };
+		(undef, $err) = $waiter->finish;
+		is($err, '', "the holder is terminated: its place is free ($begin)");
+		$holder = $alpha->session;
+	}
+
+	# A connection that does not come about keeps no place.
+	$beta->close_to_peers;
+	foreach my $try (1 .. 3)
+	{
+		(undef, $err) = $holder->run(insert());
+		like($err, qr/ERROR/, 'the peer is not there');
+	}
+	$beta->open_to_peers;
+	here(q{SELECT mmrepl.retry_now('beta')});
+	$alpha->poll_state('beta', 'streaming');
+	$_->ok(insert()) foreach ($holder, $waiter);
+
+	# A higher bound is for those who wait already.
+	$holder->ok('BEGIN');
+	$holder->ok(insert());
+	$waiter->start(insert());
+	waits($waiter);
+	set_bound(2);
+	my $third_one = $alpha->session;
+	$third_one->start(insert());
+	(undef, $err) = $waiter->finish;
+	is($err, '', 'a raised bound lets the waiting ones go on');
+	(undef, $err) = $third_one->finish;
+	is($err, '', '... and the new one');
+	$holder->ok('COMMIT');
+	$alpha->wait_caught_up('beta');
+	$alpha->same_rows($beta, 'item');
+	$_->quit foreach ($holder, $waiter, $third_one);
+};
+
+foreach my $node ($alpha, $beta)
+{
+	ok(!$node->log_contains(qr/PANIC|TRAP:|was terminated by signal/),
+		'no crash in the log of ' . $node->name);
+}
+
+$watch->quit;
+$alpha->stop('fast');
+$beta->stop('fast');
+
+done_testing();
