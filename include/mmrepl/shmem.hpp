@@ -216,6 +216,9 @@ ClockNow()
 	return (uint64) (GetCurrentTimestamp() + kEpochShift);
 }
 
+/* A peer's clock that is further ahead of ours, in microseconds, is wrong. */
+constexpr uint64 kMaxClockLead = UINT64CONST(3600) * USECS_PER_SEC;
+
 /* The time at which a ticket was drawn. */
 inline TimestampTz
 TicketTime(uint64 ticket)

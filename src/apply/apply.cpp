@@ -124,14 +124,47 @@ ReadHeader(change::Reader *in, Header *header)
 		Malformed("A first part is numbered as a later one.");
 }
 
-/* The peer's clock: our later tickets are greater than what we have seen of it. */
+/* Now and then. */
 static void
-FollowClock(uint64 clock)
+SayThatClocksDiffer(const Header &header, uint64 ahead)
+{
+	constexpr int64 every = INT64CONST(600) * USECS_PER_SEC;
+	static TimestampTz next;
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (now < next)
+		return;
+	next = now + every;
+	ereport(LOG_SERVER_ONLY,
+			(errmsg("mmrepl: the clock of node %s is %llu s ahead of this server's",
+					DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(&header.node))),
+					(unsigned long long) (ahead / USECS_PER_SEC)),
+			 errdetail("Its changes are applied; its clock is not followed."),
+			 errhint("Set the clocks of both servers.")));
+}
+
+/*
+ * The peer's clock: our later tickets are greater than what we have seen of it.  Not
+ * if it is too far ahead: nothing would bring our tickets back to the time of day, and
+ * our peers would take the time over from us.  What depends on each other is ordered
+ * by this node's own clock.
+ */
+static void
+FollowClock(const Header &header)
 {
 	pg_atomic_uint64 *applied = &shmem::Get().applied_ticket;
 	uint64 known = pg_atomic_read_u64(applied);
 
-	while (known < clock && !pg_atomic_compare_exchange_u64(applied, &known, clock))
+	if (header.clock <= known)
+		return;
+	uint64 now = shmem::ClockNow();
+
+	if (header.clock > now + shmem::kMaxClockLead)
+	{
+		SayThatClocksDiffer(header, header.clock - now);
+		return;
+	}
+	while (known < header.clock && !pg_atomic_compare_exchange_u64(applied, &known, header.clock))
 		;
 }
 
@@ -217,17 +250,21 @@ Admit(const Header &header, const Transaction &transaction, bool first, uint64 w
 	return true;
 }
 
-/* Apply every change of a segment, in order.  Relations live as long as the segment. */
+/*
+ * Apply every change of a segment, in order.  Relations live as long as the segment,
+ * and so does the change: an error handler may show it when this frame is gone.
+ */
 static void
 ApplySegment(Session *session, const char *data, uint32 length)
 {
 	MemoryContext old = MemoryContextSwitchTo(session->segment_context);
-	change::Decoder decoder;
 
 	MemoryContextReset(session->segment_context);
+	change::Decoder *decoder = (change::Decoder *) palloc(sizeof(change::Decoder));
+
 	session->n_bindings = 0;
-	change::StartDecoding(&decoder, data, length);
-	while ((session->change = change::Next(&decoder)) != NULL)
+	change::StartDecoding(decoder, data, length);
+	while ((session->change = change::Next(decoder)) != NULL)
 	{
 		CHECK_FOR_INTERRUPTS();
 		if (session->change->kind == change::kTruncate)
@@ -446,7 +483,7 @@ ApplyBatch(const char *data, uint32 length)
 	RefuseNesting();
 	session->reader = {data, length, 0};
 	ReadHeader(&session->reader, &session->header);
-	FollowClock(session->header.clock);
+	FollowClock(session->header);
 	Guarded([&] { watermark = Run(session); },
 			[&] {
 				if (session->began)

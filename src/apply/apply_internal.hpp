@@ -244,9 +244,15 @@ void SweepMarkers(const pg_uuid_t &node, int32 stream, uint64 below_xid);
 
 /* ---- apply_target.cpp ---- */
 
-/* The relation of that name, locked, writable by apply() at all; raises otherwise. */
+/* One of them it takes to write rows. */
+constexpr AclMode kWriteRights = ACL_INSERT | ACL_UPDATE | ACL_DELETE;
+
+/*
+ * The relation of that name, locked, writable by apply() at all; raises otherwise, and
+ * before it is locked if the caller holds none of these privileges.
+ */
 Relation OpenRelation(const Session *session, const char *schema, const char *table,
-					  LOCKMODE lockmode);
+					  LOCKMODE lockmode, AclMode any);
 /* Raise unless the caller holds the privilege and no row security applies to it. */
 void CheckPrivilege(const Session *session, Relation rel, AclMode mode);
 Target *TargetOf(Session *session, const change::Relation *relation);

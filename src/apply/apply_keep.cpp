@@ -227,7 +227,7 @@ Reopen(Session *session, const change::Relation *relation)
 	session->schema = target->schema;
 	session->table = target->table;
 	Relation rel = InContext(session->context, [&] {
-		return OpenRelation(session, target->schema, target->table, RowExclusiveLock);
+		return OpenRelation(session, target->schema, target->table, RowExclusiveLock, kWriteRights);
 	});
 	bool same = !target->stale && RelationGetRelid(rel) == target->relid;
 
@@ -238,6 +238,7 @@ Reopen(Session *session, const change::Relation *relation)
 		return target;
 	}
 	table_close(rel, NoLock);
+	session->schema = session->table = NULL;
 	MemoryContextDelete(target->context);
 	return NULL;
 }

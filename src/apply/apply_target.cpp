@@ -42,14 +42,37 @@ CheckKind(Relation rel, const char *schema, const char *table)
 						errhint("Only permanent tables can be the target of replication.")));
 }
 
+/* Who has none of these rights on a table may not make others wait for his lock of it either. */
+struct Needed
+{
+	Oid caller;
+	AclMode any;
+};
+
+/* RangeVarGetRelidExtended() calls it before it takes the lock. */
+static void
+RequireAnyPrivilege(const RangeVar *name, Oid relid, Oid, void *arg)
+{
+	const Needed *needed = (const Needed *) arg;
+	char kind = OidIsValid(relid) ? get_rel_relkind(relid) : '\0';
+
+	if (kind == '\0') /* there is no such table, or it is just going */
+		return;
+	if (pg_class_aclmask(relid, needed->caller, needed->any, ACLMASK_ANY) == ACL_NO_RIGHTS)
+		aclcheck_error(ACLCHECK_NO_PRIV, get_relkind_objtype(kind), name->relname);
+}
+
 /* The name is looked up in the schema given, and nowhere else. */
 Relation
-OpenRelation(const Session *, const char *schema, const char *table, LOCKMODE lockmode)
+OpenRelation(const Session *session, const char *schema, const char *table, LOCKMODE lockmode,
+			 AclMode any)
 {
 	if (*schema == '\0' || *table == '\0')
 		Malformed("A relation has no name.");
 	RangeVar *name = makeRangeVar(pstrdup(schema), pstrdup(table), -1);
-	Oid relid = RangeVarGetRelidExtended(name, lockmode, RVR_MISSING_OK, NULL, NULL);
+	Needed needed = {session->caller, any};
+	Oid relid =
+		RangeVarGetRelidExtended(name, lockmode, RVR_MISSING_OK, RequireAnyPrivilege, &needed);
 
 	if (!OidIsValid(relid))
 		NoSuchRelation(schema, table);
@@ -410,7 +433,8 @@ OpenTarget(Session *session, const change::Relation *relation)
 		ToServer(session, relation->remote_schema, strlen(relation->remote_schema));
 	session->table = target->table =
 		ToServer(session, relation->remote_table, strlen(relation->remote_table));
-	target->rel = OpenRelation(session, target->schema, target->table, RowExclusiveLock);
+	target->rel =
+		OpenRelation(session, target->schema, target->table, RowExclusiveLock, kWriteRights);
 	AdoptRelation(session, target);
 	target->estate = CreateExecutorState();
 	BecomeOwner(session, target->owner, target->trusted);

@@ -20,7 +20,8 @@ AddTruncate(Session *session, const change::Relation *relation)
 
 	session->schema = ToServer(session, relation->remote_schema, strlen(relation->remote_schema));
 	session->table = ToServer(session, relation->remote_table, strlen(relation->remote_table));
-	Relation rel = OpenRelation(session, session->schema, session->table, AccessExclusiveLock);
+	Relation rel =
+		OpenRelation(session, session->schema, session->table, AccessExclusiveLock, ACL_TRUNCATE);
 
 	CheckPrivilege(session, rel, ACL_TRUNCATE);
 	session->truncated = lappend(session->truncated, rel);

@@ -500,8 +500,11 @@ int
 BeginTextFormat()
 {
 	static const char *const settings[][2] = {
-		{"datestyle", "ISO"},	 {"intervalstyle", "postgres"}, {"extra_float_digits", "3"},
-		{"bytea_output", "hex"}, {"search_path", "pg_catalog"},
+		{"datestyle", "ISO"},
+		{"intervalstyle", "postgres"},
+		{"extra_float_digits", "3"},
+		{"bytea_output", "hex"},
+		{"search_path", "pg_catalog, pg_temp"},
 	};
 	int nest_level = NewGUCNestLevel();
 

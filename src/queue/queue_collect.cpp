@@ -110,16 +110,7 @@ RefOf(uint32 table, const Row &row, const ItemPointerData &tid)
 static BlockNumber
 ZoneBlocks()
 {
-	uint64 blocks = 0;
-
-	for (Oid queue : catalog::GetRelations().queue)
-	{
-		Relation rel = table_open(queue, AccessShareLock);
-
-		blocks += RelationGetNumberOfBlocks(rel);
-		table_close(rel, AccessShareLock);
-	}
-	return Max(kZoneBlocks, (BlockNumber) (blocks / kMaxZones + 1));
+	return Max(kZoneBlocks, (BlockNumber) (QueueBlocks() / kMaxZones + 1));
 }
 
 /* The zone of the block, which no block noted before lies behind. */

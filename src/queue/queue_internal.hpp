@@ -62,6 +62,9 @@ int KnownSlot(int32 stream);
 /* The row as a reader of the queue keeps it. */
 Ref RefOf(uint32 table, const Row &row, const ItemPointerData &tid);
 
+/* Blocks that all queue tables have; no lock is kept. */
+uint64 QueueBlocks();
+
 /* Place as the payload of a chunked head. */
 void PutPlace(StringInfo buf, const Place &place);
 

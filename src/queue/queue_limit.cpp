@@ -168,16 +168,41 @@ ForgetWarning(shmem::Stream &stream)
 static uint64
 BytesOnDisk()
 {
-	uint64 blocks = 0;
+	return QueueBlocks() * BLCKSZ;
+}
 
-	for (Oid queue : catalog::GetRelations().queue)
+/*
+ * Bytes that wait for a stream for which there is no slot, so that nobody counts
+ * them; no less than that.  The tables are read when so much has been added to them,
+ * for whatever stream, that more than `enough` could be waiting, and now and then.
+ */
+static uint64
+WaitingUncounted(int32 stream, uint64 enough)
+{
+	constexpr int64 every = INT64CONST(10) * USECS_PER_SEC;
+	static struct
 	{
-		Relation rel = table_open(queue, RowExclusiveLock);
+		int32 stream;
+		uint64 waiting;
+		uint64 on_disk;
+		TimestampTz at;
+	} last;
+	uint64 on_disk = BytesOnDisk();
+	TimestampTz now = GetCurrentTimestamp();
+	uint64 transactions, changes, oldest, oldest_bytes;
+	catalog::StreamRow row = {};
 
-		blocks += RelationGetNumberOfBlocks(rel);
-		table_close(rel, NoLock);
-	}
-	return blocks * BLCKSZ;
+	if (last.stream == stream && on_disk >= last.on_disk && now - last.at < every &&
+		last.waiting + (on_disk - last.on_disk) <= enough)
+		return last.waiting + (on_disk - last.on_disk);
+	if (!catalog::ReadStreamRow(stream, &row))
+		return 0;
+	CountBacklog(stream, Max(row.confirmed, row.discarded), PG_UINT64_MAX, &transactions, &changes,
+				 &last.waiting, &oldest, &oldest_bytes);
+	last.stream = stream;
+	last.on_disk = on_disk;
+	last.at = now;
+	return last.waiting;
 }
 
 /*
@@ -217,7 +242,8 @@ ExceedsLimit(int32 stream, uint64 bytes)
 		return false;
 	slot = CountedSlot(stream);
 	if (slot < 0) /* nobody will deliver it, and nobody counts */
-		return BytesOnDisk() + bytes > Limit() && guc::max_queue_action == guc::QueueAction::Resync;
+		return guc::max_queue_action == guc::QueueAction::Resync &&
+			   (bytes > Limit() || WaitingUncounted(stream, Limit() - bytes) > Limit() - bytes);
 	uint64 waiting = Waiting(shmem::Get().streams[slot]) + bytes;
 
 	if (waiting > WarningLimit())

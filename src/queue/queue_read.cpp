@@ -45,6 +45,21 @@ ReadPlace(const char *payload, uint32 length)
 
 /* ---- single heads, sums ---- */
 
+uint64
+QueueBlocks()
+{
+	uint64 blocks = 0;
+
+	for (Oid queue : catalog::GetRelations().queue)
+	{
+		Relation rel = table_open(queue, AccessShareLock);
+
+		blocks += RelationGetNumberOfBlocks(rel);
+		table_close(rel, AccessShareLock);
+	}
+	return blocks;
+}
+
 bool
 FindHead(int32 stream, uint64 ticket, Ref *ref)
 {

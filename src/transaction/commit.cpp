@@ -408,7 +408,12 @@ OnSubXactEvent(SubXactEvent event, SubTransactionId, SubTransactionId, void *)
 	int level = GetCurrentTransactionNestLevel();
 
 	if (event == SUBXACT_EVENT_ABORT_SUB)
+	{
 		origin::Reset(level);
+		UndoResyncs(level);
+	}
+	if (event == SUBXACT_EVENT_COMMIT_SUB)
+		MergeResyncs(level);
 	if (current.works == NULL)
 		return;
 	switch (event)

@@ -215,6 +215,9 @@ UndoTo(Work *work, int level)
 		work->marks = mark->outer;
 		pfree(mark);
 	}
+	/* What was too large is undone, and with it all that has been left out since. */
+	if (work->too_large && work->too_large_level >= level)
+		work->too_large = false;
 	/* With the locks of what is undone nobody keeps resync() away any more. */
 	work->ask_again |= work->given_up && !work->too_large;
 	if (work->sync && work->sync_level >= level)
@@ -229,6 +232,7 @@ MergeInto(Work *work, int level)
 	Mark *mark = work->marks;
 
 	work->sync_level = Min(work->sync_level, level - 1);
+	work->too_large_level = Min(work->too_large_level, level - 1);
 	if (mark == NULL || mark->level != level)
 		return;
 	if (level - 1 > 1 && (mark->outer == NULL || mark->outer->level < level - 1))
@@ -280,6 +284,7 @@ SpillWork(Work *work)
 		queue::ExceedsLimit(work->route.stream, work->out.place.bytes))
 	{
 		work->given_up = work->too_large = true;
+		work->too_large_level = GetCurrentTransactionNestLevel();
 		return;
 	}
 	MMREPL_FAULT_POINT("spill-begin");

@@ -41,6 +41,7 @@ struct Work
 	bool given_up;		 /* the stream needs a resync: nothing is captured */
 	bool ask_again;		 /* ... as far as was known under a lock that a savepoint has given back */
 	bool too_large;		 /* ... since this transaction would spill more than may wait */
+	int too_large_level; /* nest level at which that was found, after merges */
 	bool degraded;		 /* was sync; the peer could not be reached: queued */
 	int64 unsent;		 /* changes not yet sent inline */
 	sync::Work *inlined; /* NULL until the first flush */
@@ -63,6 +64,7 @@ struct Resync
 	int slot;
 	uint64 epoch;	  /* of the slot's use */
 	bool copying;	  /* resync(): what is captured is queued */
+	int level;		  /* nest level of the call, after merges */
 	uint64 discarded; /* as the row says at PRE_COMMIT */
 };
 
@@ -105,6 +107,10 @@ void PublishResyncs();
 
 /* resync()'s entry for the stream, or NULL. */
 const Resync *CopyOf(int32 stream);
+
+/* Follow the ends of subtransactions: a resync() that is undone copies nothing. */
+void MergeResyncs(int level);
+void UndoResyncs(int level);
 
 /* The part is not queued; a tombstone is, and the stream needs a resync when this commits. */
 bool GiveUpPart(Work *work, bool wait);

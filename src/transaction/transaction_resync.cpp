@@ -40,21 +40,53 @@ CopyOf(int32 stream)
 void
 FollowResyncAtCommit(int32 stream, int slot, bool copying)
 {
-	for (const Work *work = current.works; work != NULL && copying; work = work->next)
-		if (work->route.stream == stream)
+	for (Work *work = current.works; work != NULL && copying; work = work->next)
+	{
+		if (work->route.stream != stream)
+			continue;
+		if (work->changes > 0 || work->inlined != NULL)
 			ereport(ERROR,
 					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 					 errmsg("cannot resync in a transaction that has changed replicated tables"),
 					 errhint("Call mmrepl.resync() in a transaction of its own.")));
+		work->out.copy = true; /* all that it had captured is undone */
+		work->given_up = work->ask_again = work->too_large = false;
+	}
 	Resync *resync = (Resync *) MemoryContextAllocZero(TopTransactionContext, sizeof(Resync));
 
 	resync->stream = stream;
 	resync->slot = slot;
 	resync->epoch = shmem::Get().streams[slot].epoch;
 	resync->copying = copying;
+	resync->level = GetCurrentTransactionNestLevel();
 	resync->next = current.resyncs;
 	current.resyncs = resync;
 	WakeStreamAtEnd(slot);
+}
+
+void
+MergeResyncs(int level)
+{
+	for (Resync *resync = current.resyncs; resync != NULL; resync = resync->next)
+		resync->level = Min(resync->level, level - 1);
+}
+
+/*
+ * Nothing here raises.  What the stream's row says is read again at the commit; what is
+ * captured from here on is not the copy any more, and perhaps not to be captured.
+ */
+void
+UndoResyncs(int level)
+{
+	for (Resync *resync = current.resyncs; resync != NULL; resync = resync->next)
+		if (resync->level >= level)
+			resync->copying = false;
+	for (Work *work = current.works; work != NULL; work = work->next)
+		if (work->out.copy && CopyOf(work->route.stream) == NULL)
+		{
+			work->out.copy = false;
+			work->given_up = work->ask_again = true;
+		}
 }
 
 bool

@@ -83,6 +83,23 @@ RequirePeerNotRewound(const Feed *feed, uint64 watermark)
 						 NameStr(row.server_name))));
 }
 
+/* Nothing would bring the clock back that has followed a ticket of another age. */
+static void
+RequireCredible(uint64 watermark, uint64 ours)
+{
+	if (watermark <= ours + shmem::kMaxClockLead)
+		return;
+	ereport(ERROR,
+			(errcode(ERRCODE_MMREPL_REWOUND),
+			 errmsg("the peer has seen a ticket that is far ahead of this node's clock"),
+			 errdetail("It stands at ticket %llu, which is the time %s.",
+					   (unsigned long long) watermark,
+					   timestamptz_to_str(shmem::TicketTime(watermark))),
+			 errhint("Set the clock that is wrong. If this database was restored to a time before "
+					 "its clock was wrong, make it a new node with SELECT "
+					 "mmrepl.adopt_node(force => true), which empties the queue.")));
+}
+
 /*
  * The peer has seen a ticket that we have not drawn yet: this database was
  * restored from an older state.  New tickets are made greater; but what was
@@ -92,9 +109,11 @@ static void
 RequireSourceNotRewound(Feed *feed, uint64 watermark)
 {
 	uint64 transactions, changes, bytes, oldest, oldest_bytes;
+	uint64 drawn = queue::LastDrawn();
 
-	if (watermark <= queue::LastDrawn())
+	if (watermark <= drawn)
 		return;
+	RequireCredible(watermark, Max(drawn, shmem::ClockNow()));
 	uint64 after = Max(pg_atomic_read_u64(&feed->shared->confirmed), shmem::Get().first_ticket);
 
 	queue::RaiseClock(watermark);
