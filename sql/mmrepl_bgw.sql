@@ -203,7 +203,8 @@ CREATE TABLE mmrepl.skipped
 	queries text[] NOT NULL,
 	reason text NOT NULL,
 	skipped_by name NOT NULL,
-	skipped_at timestamptz NOT NULL DEFAULT pg_catalog.now()
+	skipped_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
+	stream integer
 );
 
 COMMENT ON TABLE mmrepl.skipped IS 'queued transactions that skip() dropped, and who did it and why';
@@ -449,7 +450,7 @@ COMMENT ON COLUMN mmrepl.in_doubt.ticket IS 'its place in the commit order; NULL
 COMMENT ON COLUMN mmrepl.in_doubt.since IS 'since when: its commit here, else (by the peer''s clock) when it was prepared';
 COMMENT ON COLUMN mmrepl.in_doubt.age IS 'for how long';
 COMMENT ON COLUMN mmrepl.in_doubt.state IS
-	'what became of it here: committed, aborted, running, or unknown (this node was restored from an older state)';
+	'what became of it here: committed, aborted, skipped, running, or unknown (this node was restored from an older state)';
 COMMENT ON COLUMN mmrepl.in_doubt.next_step IS 'what happens next, and who does it';
 COMMENT ON COLUMN mmrepl.in_doubt.owner IS 'the role whose user mapping is used';
 COMMENT ON COLUMN mmrepl.in_doubt.stream IS 'id of the stream';

@@ -102,6 +102,30 @@ section 'prepared at the peer' => sub {
 	$alpha->same_rows($beta, $_) foreach ('item', 'other');
 };
 
+# Nobody waits for what will not come.
+section 'given up while a session waits at the fence' => sub {
+	my $blocker = $beta->session;
+	my $session = $alpha->session;
+
+	$blocker->ok(q{SET mmrepl.capture = off; BEGIN; UPDATE item SET v = v WHERE id = 1});
+	here(q{UPDATE item SET v = 'waits there' WHERE id = 1});
+	$session->ok(q{SET mmrepl.sync_timeout = '60s'});
+	$session->start(q{INSERT INTO other VALUES (6001, 'waits here')});
+	$alpha->poll_ok(
+		q{SELECT wait_event_type = 'Extension' FROM pg_stat_activity WHERE pid = }
+		  . $session->pid, 'a synchronous change waits for what is queued');
+	ok(write_until(q{resync_since IS NOT NULL}, 40), 'the server needs a resync');
+	my (undef, $err, $took) = $session->finish;
+	like($err, qr/ERROR:\s+MM015: the server needs a resync/, 'the one that waits is told so');
+	like($err, qr/HINT:\s+SELECT mmrepl\.resync\('beta'\)/, '... and what to do');
+	cmp_ok($took, '<', 45, '... and does not wait any longer');
+	$blocker->ok('ROLLBACK');
+	$_->quit foreach ($blocker, $session);
+	here(q{SELECT mmrepl.resync('beta', truncate => true)});
+	synced();
+	$alpha->same_rows($beta, $_) foreach ('item', 'other');
+};
+
 foreach my $node ($alpha, $beta)
 {
 	ok( !$node->log_contains(qr/PANIC|TRAP:|was terminated by signal/),

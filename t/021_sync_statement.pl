@@ -84,6 +84,66 @@ section 'what the peer refuses' => sub {
 	$alpha->same_rows($beta, $_) foreach ('parent', 'child');
 };
 
+section 'the rights of the role that comes in' => sub {
+	$alpha->create_table_on_both($beta,
+		'CREATE TABLE guarded (id int PRIMARY KEY, v text)');
+	$alpha->create_pair('guarded', 'beta', q{mode => 'sync'});
+	there(q{CREATE ROLE carrier LOGIN; SELECT mmrepl.allow_apply('carrier');
+		GRANT ALL ON guarded, parent, child TO carrier});
+	here(q{ALTER USER MAPPING FOR CURRENT_USER SERVER beta OPTIONS (SET user 'carrier')});
+	my $session = $alpha->session;
+
+	$session->ok(q{INSERT INTO guarded VALUES (1, 'before')});
+	there(q{ALTER TABLE guarded ENABLE ROW LEVEL SECURITY;
+		CREATE POLICY mine ON guarded USING (v <> 'not mine')});
+
+	# As with logical replication: no policy is evaluated, whatever it would say.
+	foreach my $sql (
+		q{INSERT INTO guarded VALUES (2, 'not mine')},
+		q{INSERT INTO guarded VALUES (2, 'mine')},
+		q{UPDATE guarded SET v = 'mine'},
+		'DELETE FROM guarded', 'TRUNCATE guarded')
+	{
+		my (undef, $err) = $session->run($sql);
+		like(
+			$err,
+			qr/ERROR:  42501: role "carrier" cannot replicate into "guarded", which has row-level security/,
+			"$sql: row-level security");
+		like($err, qr/HINT: .*BYPASSRLS/, '... what to do');
+		like($err, qr/CONTEXT: .*server "beta"/s, '... at the server');
+		like($err, qr/relation "public\.guarded"/, '... and the table')
+		  if $sql !~ /TRUNCATE/;
+	}
+	is(here('SELECT * FROM guarded'), '1|before', 'nothing of it is left here');
+	is(there('SELECT * FROM guarded'), '1|before', 'nor there');
+	$session->ok(
+		q{DO $$ BEGIN
+			INSERT INTO child VALUES (90, 1, 90, 1, 'kept');
+			BEGIN
+				INSERT INTO guarded VALUES (2, 'not mine');
+			EXCEPTION WHEN insufficient_privilege THEN
+				INSERT INTO child VALUES (91, 1, 91, 1, 'caught');
+			END;
+		END $$});
+	is(there('SELECT count(*) FROM child WHERE id IN (90, 91)'), '2', 'it can be caught');
+
+	# The same session, and its connection, once the role may.
+	there('ALTER ROLE carrier BYPASSRLS');
+	$session->ok(q{UPDATE guarded SET v = 'not mine'});
+	there('ALTER ROLE carrier NOBYPASSRLS');
+	my (undef, $err) = $session->run('DELETE FROM guarded');
+	like($err, qr/ERROR:  42501: /, 'a right that is taken away holds at once');
+	there('ALTER TABLE guarded DISABLE ROW LEVEL SECURITY; REVOKE DELETE ON guarded FROM carrier');
+	(undef, $err) = $session->run('DELETE FROM guarded');
+	like($err, qr/ERROR:  42501: permission denied for table guarded/, '... as does a table right');
+	like($err, qr/CONTEXT: .*relation "public\.guarded".*server "beta"/s, '... said in the same way');
+	$session->quit;
+	here(q{DELETE FROM child WHERE id >= 90});
+	$alpha->same_rows($beta, $_) foreach ('guarded', 'child');
+	here('ALTER USER MAPPING FOR CURRENT_USER SERVER beta OPTIONS (SET user '
+		  . "'" . there('SELECT current_user') . "')");
+};
+
 section 'caught' => sub {
 	here(
 		q{DO $$

@@ -319,17 +319,29 @@ section 'nobody guesses' => sub {
 	my $node = here('SELECT mmrepl.node_id()');
 	my $stream = $alpha->stat('beta', 'stream');
 	my $log = -s $alpha->logfile;
+	is(here(q{SELECT pg_xact_status('300') IS NULL}), 't', 'the log of old transactions is gone');
 	there("BEGIN; CREATE TABLE q$_ (); PREPARE TRANSACTION 'mmrepl_${node}_${stream}_$_'")
-	  foreach (here('SELECT pg_current_xact_id()'), 1_000_000_000);
-	$alpha->poll_ok(q{SELECT count(*) = 2 FROM mmrepl.in_doubt WHERE state = 'unknown'},
-		'a number that was not used, and one without a record');
+	  foreach (here('SELECT pg_current_xact_id()'), 1_000_000_000, 300);
+	$alpha->poll_ok(q{SELECT count(*) = 3 FROM mmrepl.in_doubt WHERE state = 'unknown'},
+		'a number that was not used, one without a record, one of which there is no log');
 	$alpha->wait_for_log(qr/WARNING:  mmrepl: prepared transaction "mmrepl_\S+" at server "beta" cannot be ended/,
 		$log);
-	is(there($prepared), '2', 'they are left alone');
+	is(there($prepared), '3', 'they are left alone');
 	like(
 		$alpha->fails('postgres', q{BEGIN; DELETE FROM mmrepl.pair; DROP USER MAPPING FOR CURRENT_USER SERVER beta; DROP SERVER beta}),
-		qr/DETAIL:\s+Transactions of this database that are prepared there: 2/,
+		qr/DETAIL:\s+Transactions of this database that are prepared there: 3/,
 		'the server is not dropped as long as they are there');
+	my $refused = $alpha->fails('postgres', q{DROP EXTENSION mmrepl_bgw});
+	like($refused, qr/ERROR:\s+2BP01: cannot drop extension mmrepl_bgw while transactions/,
+		'nor is the extension');
+	like($refused, qr/DETAIL:.*mmrepl_${node}_${stream}_1000000000/s, '... the gids are named');
+	foreach my $drop ('EXTENSION mmrepl_bgw', 'SERVER beta')
+	{
+		my (undef, undef, $warning) =
+		  $alpha->psql('postgres', "BEGIN; DROP $drop CASCADE; ROLLBACK");
+		like($warning, qr/WARNING:.*(?:are left|stay prepared) at.*HINT:.*ROLLBACK PREPARED/s,
+			"CASCADE of $drop warns");
+	}
 	there("ROLLBACK PREPARED '$_'")
 	  foreach (split /\n/, there(q{SELECT gid FROM pg_prepared_xacts}));
 	settled();
@@ -338,6 +350,27 @@ section 'nobody guesses' => sub {
 		q{BEGIN; INSERT INTO async VALUES (5, 'mine'); PREPARE TRANSACTION 'mmrepl_mine'});
 	like($err, qr/ERROR:\s+42939: transaction identifiers that begin with "mmrepl_" are reserved/,
 		'and nobody else takes such names for changes that are captured');
+};
+
+section 'skipped while it is prepared there' => sub {
+	hold_commits('nobody');
+	my $session = $alpha->session;
+	$session->start(q{INSERT INTO item VALUES (83, 'skipped')});
+	waits_for_standby($session);
+	$beta->stop('immediate');
+	hold_commits('');
+	$session->finish;
+	$session->quit;
+	$alpha->poll_ok(q{SELECT count(*) = 1 FROM mmrepl.in_doubt}, 'in doubt');
+	my $log = -s $alpha->logfile;
+	here(q{SELECT mmrepl.skip('beta', ticket, 'not wanted') FROM mmrepl.in_doubt});
+	$beta->start;
+	$beta->poll_ok("SELECT ($prepared) = 0", 'the peer is rid of it');
+	$alpha->wait_for_log(qr/prepared transaction "mmrepl_\S+" at server "beta" was rolled back\n.*DETAIL:.*skip\(\)/,
+		$log);
+	is(there('SELECT count(*) FROM item WHERE id = 83'), '0', 'and does not have it: it was skipped');
+	here(q{BEGIN; SET LOCAL mmrepl.mode = 'async'; DELETE FROM item WHERE id = 83; COMMIT});
+	settled();
 };
 
 section 'a queue that is given up with it' => sub {
@@ -354,6 +387,9 @@ section 'a queue that is given up with it' => sub {
 	here("INSERT INTO async SELECT g, repeat('x', 100) FROM generate_series($_ * 500, $_ * 500 + 400) g")
 	  foreach 1 .. 4;
 	$alpha->poll_state('beta', 'needs resync');
+	is(here(q{SELECT kind, state, next_step FROM mmrepl.in_doubt}),
+		'two-phase|committed|the worker commits the prepared transaction',
+		'what was in doubt is still shown');
 	here('ALTER SYSTEM RESET mmrepl.max_queue_size');
 	$alpha->reload;
 	$beta->start;

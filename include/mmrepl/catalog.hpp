@@ -138,6 +138,9 @@ bool SetResynced(int32 id, uint64 discarded);
 /* Remove the stream's row (nothing of it is queued any more); false when it was gone. */
 bool DeleteStreamRow(int32 id);
 
+/* Whether skip() has dropped the transaction's part for the stream. */
+bool WasSkipped(int32 stream, uint64 xid);
+
 /* Note the new name of a renamed server in the rows of its streams. */
 void RenameStreams(Oid server, const char *name);
 

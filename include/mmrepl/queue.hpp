@@ -136,6 +136,7 @@ struct Zone
 struct Survey
 {
 	MemoryContext context; /* where zones are made; NULL: the current one */
+	bool discarded_too;	   /* it is of no matter that a resync is needed */
 	Zone *zones;
 	int count;
 	int room;
@@ -160,7 +161,7 @@ struct Collected
 
 /*
  * Reads all of the tables, and fills the survey: with it CollectMore() returns what comes next, reading just where that stands; of the
- * survey only `context` is looked at before.
+ * survey only `context` and `discarded_too` are looked at before.
  * What becomes visible later is left to the next Collect(): it is prepared, or
  * has a ticket of `before` or higher.
  */

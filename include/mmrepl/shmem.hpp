@@ -75,7 +75,8 @@ enum class LocalState : char
 	Running, /* it has not ended here, or its session is still busy with its end */
 	Committed,
 	Aborted,
-	Unknown /* this node may have been restored from an older state: nobody may guess */
+	Skipped, /* committed, but skip() says that the peer shall not have it */
+	Unknown	 /* this node may have been restored from an older state: nobody may guess */
 };
 
 /* A prepared transaction of ours that the worker found at the peer and could not end. */

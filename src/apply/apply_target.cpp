@@ -94,7 +94,7 @@ CheckPrivilege(const Session *session, Relation rel, AclMode mode)
 					   RelationGetRelationName(rel));
 	if (check_enable_rls(relid, session->caller, false) == RLS_ENABLED)
 		ereport(ERROR,
-				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("role \"%s\" cannot replicate into \"%s\", which has row-level security",
 						GetUserNameFromId(session->caller, true), RelationGetRelationName(rel)),
 				 errhint("Let the peer's user mapping connect as the table's owner or as a role "

@@ -50,6 +50,12 @@ enum Stream : AttrNumber
 	stream_resync_since,
 	stream_resync_reason
 };
+
+enum Skipped : AttrNumber
+{
+	skipped_xid = 3,
+	skipped_stream = 9
+};
 } // namespace attr
 
 constexpr int kMaxColumns = 16; /* no table of the extension has more */

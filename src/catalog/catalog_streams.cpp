@@ -92,6 +92,22 @@ AllStreams()
 	return streams;
 }
 
+bool
+WasSkipped(int32 stream, uint64 xid)
+{
+	Relation table = OpenTable(&Relations::skipped, AccessShareLock);
+	bool found = false;
+
+	ForEachRow(table, InvalidOid, 0, NULL, [&](const Row &row) {
+		found = (uint64) DatumGetInt64(row.Get(attr::skipped_xid)) == xid &&
+				!row.IsNull(attr::skipped_stream) &&
+				DatumGetInt32(row.Get(attr::skipped_stream)) == stream;
+		return !found;
+	});
+	table_close(table, AccessShareLock);
+	return found;
+}
+
 /* ---- streams of the current transaction ---- */
 
 /* The streams that a transaction made, as far as there is room to remember them. */

@@ -188,15 +188,22 @@ CompareZones(const void *left, const void *right)
 
 /* ---- collecting ---- */
 
+static Asked
+Ask(const Survey &survey, int32 stream, uint64 after)
+{
+	return {stream, after, survey.discarded_too ? 0 : DiscardedUpTo(stream)};
+}
+
 Collected
 Collect(int32 stream, uint64 after, uint64 before, int limit, Survey *survey)
 {
 	bool late_beyond = false;
-	Asked asked = {stream, after, DiscardedUpTo(stream)};
+	Asked asked = Ask(*survey, stream, after);
 	Lowest lowest;
 
 	lowest.Start(limit);
-	*survey = {survey->context != NULL ? survey->context : CurrentMemoryContext};
+	*survey = {survey->context != NULL ? survey->context : CurrentMemoryContext,
+			   survey->discarded_too};
 	survey->after = after;
 	survey->before = before;
 	survey->zone_blocks = ZoneBlocks();
@@ -237,7 +244,7 @@ CollectZone(const Survey *survey, const Zone &zone, const Asked &asked, Lowest *
 Collected
 CollectMore(Survey *survey, int32 stream, uint64 after, int limit)
 {
-	Asked asked = {stream, after, DiscardedUpTo(stream)};
+	Asked asked = Ask(*survey, stream, after);
 	Lowest lowest;
 
 	lowest.Start(limit);

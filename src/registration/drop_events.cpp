@@ -112,6 +112,15 @@ PreparedThere(int32 stream)
 	return slot < 0 ? 0 : shmem::Get().streams[slot].n_leftovers;
 }
 
+/* This database's node id. */
+char *
+NodeText()
+{
+	pg_uuid_t node = catalog::NodeId();
+
+	return DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(&node)));
+}
+
 /* The stream goes, and with it what is queued: only when the user said CASCADE. */
 void
 RemoveStream(const catalog::StreamRow *stream, bool restricted)
@@ -131,6 +140,13 @@ RemoveStream(const catalog::StreamRow *stream, bool restricted)
 				   psprintf("SELECT mmrepl.wait_for_replay(%s); or DROP SERVER ... CASCADE to "
 							"discard them.",
 							quote_literal_cstr(server)));
+	if (prepared > 0)
+		ereport(WARNING,
+				(errmsg("transactions of this database stay prepared at server \"%s\": %d", server,
+						prepared),
+				 errhint("There, COMMIT PREPARED or ROLLBACK PREPARED what pg_prepared_xacts shows "
+						 "as mmrepl_%s_%d_...",
+						 NodeText(), stream->id)));
 	if (queued > 0)
 		ereport(
 			WARNING,

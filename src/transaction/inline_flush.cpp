@@ -82,6 +82,8 @@ PassFence(Work *work, connection::Failure *failure)
 	if (!(stuck && queue::HasQueued(stream)) &&
 		queue::WaitConfirmed(stream, goal, connection::DeadlineIn(guc::sync_timeout)))
 		return true;
+	if (queue::NeedsResync(work->route.stream)) /* by now */
+		return FailForResync(work, failure);
 	*failure = {};
 	failure->sqlstate = ERRCODE_MMREPL_SYNC_TIMEOUT;
 	failure->message = pstrdup("earlier changes for the server are still queued");

@@ -103,6 +103,37 @@ SendWorkersAway(Oid database)
 	return any;
 }
 
+/*
+ * DROP EXTENSION of ours: nobody would ever end what is prepared at peers, where
+ * it keeps its locks.  CASCADE says that somebody will.
+ */
+static void
+MindPrepared(const Node *node)
+{
+	const DropStmt *statement = (const DropStmt *) node;
+	bool ours = false;
+	ListCell *cell;
+
+	foreach(cell, statement->objects)
+		ours |= strcmp(strVal(lfirst(cell)), "mmrepl_bgw") == 0;
+	char *gids = ours && catalog::ExtensionExists() ? PreparedAtPeers() : NULL;
+
+	if (gids == NULL)
+		return;
+	ereport(statement->behavior == DROP_CASCADE ? WARNING : ERROR,
+			(errcode(ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST),
+			 statement->behavior == DROP_CASCADE
+				 ? errmsg("prepared transactions of this database are left at its peers")
+				 : errmsg(
+					   "cannot drop extension mmrepl_bgw while transactions of this database are "
+					   "prepared at its peers"),
+			 errdetail("%s", gids),
+			 statement->behavior == DROP_CASCADE
+				 ? errhint("At the peer, COMMIT PREPARED or ROLLBACK PREPARED each of them.")
+				 : errhint("They are ended by the worker as soon as the peer is reached: see "
+						   "mmrepl.in_doubt.")));
+}
+
 /* DROP EXTENSION, maybe ours: the workers have to see for themselves. */
 static bool
 DropsExtension(const Node *statement)
@@ -124,6 +155,8 @@ OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
 
 	if (shmem::Ready() && IsTransactionState())
 		database = DatabaseNeeded(statement->utilityStmt);
+	if (shmem::Ready() && IsTransactionState() && DropsExtension(statement->utilityStmt))
+		MindPrepared(statement->utilityStmt);
 	if (!OidIsValid(database) || !SendWorkersAway(database))
 	{
 		run();

@@ -55,6 +55,9 @@ PutDoubt(ReturnSetInfo *result, const pg_uuid_t &node, const Doubt &doubt)
 static Doubt
 CommittedDoubt(const catalog::StreamRow *row, const queue::Ref &ref)
 {
+	const char *last_agent = row->needs_resync ? "resync() replaces it by a copy of the tables"
+											   : "the worker replays it, unless the peer has it";
+
 	Doubt doubt = {};
 
 	doubt.stream = row->id;
@@ -65,20 +68,25 @@ CommittedDoubt(const catalog::StreamRow *row, const queue::Ref &ref)
 	doubt.state = "committed";
 	doubt.next_step = queue::IsInFlight(ref.ticket) ? "the session commits at the peer"
 					  : doubt.two_phase				? "the worker commits the prepared transaction"
-										: "the worker replays it, unless the peer has it";
+													: last_agent;
 	return doubt;
 }
 
-/* Inline transactions in the range of tickets in doubt. */
+/* Inline transactions in the range of tickets in doubt; also while nothing is delivered. */
+template <typename Fn>
 static void
-PutCommitted(ReturnSetInfo *result, const pg_uuid_t &node, const catalog::StreamRow *row,
-			 shmem::Stream &stream)
+ForEachCommitted(const catalog::StreamRow *row, shmem::Stream &stream, Fn fn)
 {
 	uint64 from = pg_atomic_read_u64(&stream.doubt_from);
 	uint64 after = Max(pg_atomic_read_u64(&stream.confirmed), from == 0 ? 0 : from - 1);
 	uint64 to = pg_atomic_read_u64(&stream.doubt_to);
 	queue::Survey survey = {};
 
+	if (row->needs_resync)
+	{
+		survey.discarded_too = true;
+		after = Max(after, row->discarded);
+	}
 	if (after >= to)
 		return;
 	queue::Collected waiting = queue::Collect(row->id, after, to + 1, kRefsAtATime, &survey);
@@ -87,7 +95,7 @@ PutCommitted(ReturnSetInfo *result, const pg_uuid_t &node, const catalog::Stream
 	{
 		for (int i = 0; i < waiting.count; i++)
 			if (waiting.refs[i].ticket > after && (waiting.refs[i].flags & queue::kInlined))
-				PutDoubt(result, node, CommittedDoubt(row, waiting.refs[i]));
+				fn(CommittedDoubt(row, waiting.refs[i]));
 		pfree(waiting.refs);
 		if (waiting.complete)
 			break;
@@ -116,6 +124,10 @@ PreparedDoubt(const catalog::StreamRow *row, const shmem::Leftover &left)
 			doubt.state = "aborted";
 			doubt.next_step = "the worker rolls the prepared transaction back";
 			break;
+		case shmem::LocalState::Skipped:
+			doubt.state = "skipped";
+			doubt.next_step = "the worker rolls the prepared transaction back";
+			break;
 		default:
 			doubt.state = "unknown";
 			doubt.next_step = "somebody has to decide: see the server log";
@@ -125,9 +137,9 @@ PreparedDoubt(const catalog::StreamRow *row, const shmem::Leftover &left)
 }
 
 /* What the worker found at the peer, but for what stands in the queue. */
+template <typename Fn>
 static void
-PutLeftovers(ReturnSetInfo *result, const pg_uuid_t &node, const catalog::StreamRow *row,
-			 shmem::Stream &stream)
+ForEachLeftover(const catalog::StreamRow *row, shmem::Stream &stream, Fn fn)
 {
 	shmem::Leftover left[shmem::kMaxLeftovers];
 
@@ -138,7 +150,45 @@ PutLeftovers(ReturnSetInfo *result, const pg_uuid_t &node, const catalog::Stream
 	SpinLockRelease(&stream.mutex);
 	for (int i = 0; i < count; i++)
 		if (left[i].state != shmem::LocalState::Committed)
-			PutDoubt(result, node, PreparedDoubt(row, left[i]));
+			fn(PreparedDoubt(row, left[i]));
+}
+
+/* Everything in doubt of the streams that `wanted` says. */
+template <typename Wanted, typename Fn>
+static void
+ForEachDoubt(Wanted wanted, Fn fn)
+{
+	ListCell *cell;
+
+	foreach(cell, catalog::AllStreams())
+	{
+		const catalog::StreamRow *row = (const catalog::StreamRow *) lfirst(cell);
+		int slot = queue::SlotOf(row->id);
+
+		if (slot < 0 || !wanted(*row))
+			continue;
+		ForEachCommitted(row, shmem::Get().streams[slot], fn);
+		ForEachLeftover(row, shmem::Get().streams[slot], fn);
+	}
+}
+
+/* The names of what may be prepared at peers, one a line; NULL: nothing. */
+char *
+PreparedAtPeers()
+{
+	pg_uuid_t node = catalog::NodeId();
+	char gid[sync::kGidLength];
+	StringInfoData gids;
+
+	initStringInfo(&gids);
+	ForEachDoubt([](const catalog::StreamRow &) { return true; },
+				 [&](const Doubt &doubt) {
+					 if (!doubt.two_phase)
+						 return;
+					 sync::FormatGid(gid, node, doubt.stream, doubt.xid);
+					 appendStringInfo(&gids, "%s%s", gids.len > 0 ? "\n" : "", gid);
+				 });
+	return gids.len > 0 ? gids.data : NULL;
 }
 
 Datum
@@ -146,20 +196,11 @@ SqlDoubts(FunctionCallInfo fcinfo)
 {
 	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
 	pg_uuid_t node = catalog::NodeId();
-	ListCell *cell;
 
 	shmem::RequireReady();
 	InitMaterializedSRF(fcinfo, 0);
-	foreach(cell, catalog::AllStreams())
-	{
-		const catalog::StreamRow *row = (const catalog::StreamRow *) lfirst(cell);
-		int slot = queue::SlotOf(row->id);
-
-		if (slot < 0 || !stats::MaySeeStatistics(row->owner))
-			continue;
-		PutCommitted(result, node, row, shmem::Get().streams[slot]);
-		PutLeftovers(result, node, row, shmem::Get().streams[slot]);
-	}
+	ForEachDoubt([](const catalog::StreamRow &row) { return stats::MaySeeStatistics(row.owner); },
+				 [&](const Doubt &doubt) { PutDoubt(result, node, doubt); });
 	PG_RETURN_NULL();
 }
 

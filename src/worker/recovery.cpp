@@ -8,8 +8,10 @@
  * (ROLLBACK PREPARED).  The state only moves from running to its end, and a
  * transaction is prepared while it runs, so nothing can be decided too early.
  * What is prepared after the look, by a session that was given up, the next one
- * finds.  Nothing is guessed about a number that this node has not used yet, or
- * that committed without a record: then it was restored from an older state.
+ * finds.  What skip() has dropped the peer shall not have: it is rolled back.
+ * Nothing is guessed about a number that this node has not used yet, or of which
+ * there is no record although it committed, or may have: the log of old ones is
+ * gone.  Then this node was restored from an older state, perhaps.
  */
 #include "stream_session.hpp"
 
@@ -65,7 +67,7 @@ WasUsed(uint64 xid)
  * not delivered, and resync() copies it: then the peer's part is not wanted.
  */
 static shmem::LocalState
-Decide(Log log, uint64 ticket, bool discarded)
+Decide(Log log, uint64 ticket, bool skipped, bool discarded)
 {
 	if (log == Log::Running || (ticket != 0 && queue::IsInFlight(ticket)))
 		return shmem::LocalState::Running;
@@ -73,11 +75,16 @@ Decide(Log log, uint64 ticket, bool discarded)
 		return shmem::LocalState::Unknown;
 	if (ticket != 0)
 		return shmem::LocalState::Committed;
-	return log == Log::Committed && !discarded ? shmem::LocalState::Unknown
-											   : shmem::LocalState::Aborted;
+	if (skipped)
+		return shmem::LocalState::Skipped;
+	return log == Log::Aborted || discarded ? shmem::LocalState::Aborted
+											: shmem::LocalState::Unknown;
 }
 
-/* The local state of every transaction found at the peer; the log first, then the records. */
+/*
+ * The local state of every transaction found at the peer; the log first, then
+ * what was skipped, then the records, which skip() removes.
+ */
 static shmem::LocalState *
 DecideAll(const sync::Found &found, int32 stream, bool discarded)
 {
@@ -86,15 +93,17 @@ DecideAll(const sync::Found &found, int32 stream, bool discarded)
 	uint64 *xids = (uint64 *) palloc(sizeof(uint64) * found.count);
 	uint64 *tickets = (uint64 *) palloc(sizeof(uint64) * found.count);
 	Log *logs = (Log *) palloc(sizeof(Log) * found.count);
+	bool *skipped = (bool *) palloc(sizeof(bool) * found.count);
 
 	for (int i = 0; i < found.count; i++)
 	{
 		xids[i] = found.list[i].xid;
 		logs[i] = WasUsed(xids[i]) ? AskLog(xids[i]) : Log::Unused;
+		skipped[i] = catalog::WasSkipped(stream, xids[i]);
 	}
 	queue::FindHeads(stream, xids, found.count, tickets);
 	for (int i = 0; i < found.count; i++)
-		states[i] = Decide(logs[i], tickets[i], discarded);
+		states[i] = Decide(logs[i], tickets[i], skipped[i], discarded);
 	return states;
 }
 
@@ -109,9 +118,8 @@ Warn(const RecoveryPlace &place, const sync::PreparedThere &prepared,
 		ereport(WARNING,
 				(errmsg("mmrepl: prepared transaction \"%s\" at server \"%s\" cannot be ended",
 						prepared.gid, place.server),
-				 errdetail("Nothing here tells whether the transaction was committed: this "
-						   "database was restored from an older state, or its queued changes "
-						   "were dropped."),
+				 errdetail("Nothing here tells what is to become of it: this database was restored "
+						   "from an older state, or its queued changes were dropped."),
 				 errhint("Compare the tables; then, at the peer, COMMIT PREPARED or ROLLBACK "
 						 "PREPARED '%s'.",
 						 prepared.gid)));
@@ -153,7 +161,7 @@ EndOne(const RecoveryPlace &place, const sync::PreparedThere &prepared, shmem::L
 	bool ended = false;
 	bool warn = place.warned != NULL && *place.warned != prepared.xid;
 
-	if (commit || state == shmem::LocalState::Aborted)
+	if (commit || state == shmem::LocalState::Aborted || state == shmem::LocalState::Skipped)
 	{
 		ended = sync::EndPrepared(place.conn, prepared.gid, commit,
 								  connection::DeadlineIn(guc::connect_timeout), failure);
@@ -170,8 +178,11 @@ EndOne(const RecoveryPlace &place, const sync::PreparedThere &prepared, shmem::L
 	if (ended)
 	{
 		MMREPL_FAULT_POINT("recovery-ended-one");
-		ereport(LOG, (errmsg("mmrepl: prepared transaction \"%s\" at server \"%s\" was %s",
-							 prepared.gid, place.server, commit ? "committed" : "rolled back")));
+		ereport(LOG,
+				(errmsg("mmrepl: prepared transaction \"%s\" at server \"%s\" was %s", prepared.gid,
+						place.server, commit ? "committed" : "rolled back"),
+				 state == shmem::LocalState::Skipped ? errdetail("mmrepl.skip() had dropped it.")
+													 : 0));
 		return true;
 	}
 	Keep(left, prepared, state);

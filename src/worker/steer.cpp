@@ -252,11 +252,13 @@ RecordSegment(void *arg, const char *data, uint32 length)
 }
 
 static void
-InsertSkipped(const char *server, const queue::Ref &ref, Skipped *skipped, text *reason)
+InsertSkipped(int32 stream, const char *server, const queue::Ref &ref, Skipped *skipped,
+			  text *reason)
 {
 	Relation rel = table_open(catalog::GetRelations().skipped, RowExclusiveLock);
-	Datum values[8];
-	bool nulls[8] = {};
+	int columns = RelationGetDescr(rel)->natts; /* a newer version may have more */
+	Datum *values = (Datum *) palloc0(sizeof(Datum) * columns);
+	bool *nulls = (bool *) palloc0(sizeof(bool) * columns);
 
 	values[0] = DirectFunctionCall1(namein, CStringGetDatum(server));
 	values[1] = Int64GetDatum((int64) ref.ticket);
@@ -266,6 +268,9 @@ InsertSkipped(const char *server, const queue::Ref &ref, Skipped *skipped, text 
 	values[5] = PointerGetDatum(reason);
 	values[6] = DirectFunctionCall1(namein, CStringGetDatum(GetUserNameFromId(GetUserId(), false)));
 	values[7] = TimestampTzGetDatum(GetCurrentTimestamp());
+	values[8] = Int32GetDatum(stream);
+	for (int i = 9; i < columns; i++)
+		nulls[i] = true;
 	simple_heap_insert(rel, heap_form_tuple(RelationGetDescr(rel), values, nulls));
 	table_close(rel, RowExclusiveLock);
 }
@@ -290,12 +295,14 @@ SkipIn(const catalog::StreamRow *row, const char *server, uint64 ticket, text *r
 	skipped.queries = initArrayResult(TEXTOID, CurrentMemoryContext, false);
 	queue::ReadSegments(ref, row->id, RecordSegment, &skipped);
 	MMREPL_FAULT_POINT("skip-read");
-	InsertSkipped(server, ref, &skipped, reason);
+	InsertSkipped(row->id, server, ref, &skipped, reason);
 	MMREPL_FAULT_POINT("skip-recorded");
 	(void) queue::RemoveHead(ref);
 	MMREPL_FAULT_POINT("skip-removed");
 	queue::Discount(stream, 1, ref.changes, ref.bytes);
 	AskRetry(stream);
+	if (ref.flags & queue::kTwoPhase) /* it may be prepared at the peer */
+		shmem::RequestRecovery(stream);
 	*changes = skipped.changes;
 	return true;
 }

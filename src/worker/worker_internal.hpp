@@ -169,6 +169,9 @@ struct Leftovers
  */
 bool RecoverPrepared(const RecoveryPlace &place, Leftovers *left, connection::Failure *failure);
 
+/* The gids of what may be prepared at peers, as far as is known here, one a line; NULL: nothing. */
+char *PreparedAtPeers();
+
 /*
  * smart_shutdown.cpp: end peers' sessions when the server is stopping; returns
  * when to look again (0: when a peer has come).
