@@ -45,22 +45,6 @@ my $size = q{SELECT sum(pg_relation_size(oid)) FROM pg_class
 my $limit = 128 * 1024;
 my $id = 1000;
 
-# Single-row transactions of about 100 bytes, until the condition holds.
-sub write_until
-{
-	my ($condition, $most) = @_;
-
-	foreach (1 .. $most)
-	{
-		here('CALL load(100)');
-		return 1
-		  if here(
-			"SELECT $condition FROM mmrepl.pg_stat_mmrepl WHERE server = 'beta'")
-		  eq 't';
-	}
-	return 0;
-}
-
 # Nothing that is written is queued.
 sub nothing_queued
 {
@@ -88,18 +72,11 @@ $alpha->create_table_on_both(
 $alpha->create_pair('item', 'beta');
 $alpha->create_pair('other', 'beta');
 $alpha->create_pair('part', 'beta');
+$alpha->make_load('item');
 here(
 	q{
 	CREATE TRIGGER by_hand AFTER INSERT OR UPDATE OR DELETE ON hand FOR EACH ROW
 	  EXECUTE FUNCTION mmrepl.replicate('beta', 'public', 'hand', '', 'async');
-	CREATE SEQUENCE ids START 1000;
-	CREATE PROCEDURE load(count int) LANGUAGE plpgsql AS $$
-	BEGIN
-		FOR i IN 1 .. count LOOP
-			INSERT INTO item VALUES (nextval('ids'), repeat('v', 60));
-			COMMIT;
-		END LOOP;
-	END $$;
 	INSERT INTO item SELECT g, 'start' FROM generate_series(1, 50) g;
 	INSERT INTO other SELECT g, 'start' FROM generate_series(1, 50) g;
 	INSERT INTO hand SELECT g, 'start' FROM generate_series(1, 5) g;
@@ -114,7 +91,7 @@ section 'the peer is away for too long' => sub {
 		'queue_warned_at IS NULL AND resync_since IS NULL AND resync_reason IS NULL',
 		'all is well');
 	$beta->peer_down('fast');
-	ok(write_until('queue_warned_at IS NOT NULL', 40), 'it is said that much waits');
+	ok($alpha->load_until('beta', 'queue_warned_at IS NOT NULL', 40), 'it is said that much waits');
 	ok($alpha->log_contains(qr/bytes of changes wait for stream/),
 		'in the log, too');
 	isnt($alpha->state('beta'), 'needs resync', 'before the limit is reached');
@@ -125,7 +102,7 @@ section 'the peer is away for too long' => sub {
 	$late->ok(q{UPDATE other SET v = 'late' WHERE id = 1});
 
 	my ($ret, undef, $err) = (0);
-	ok(write_until(q{state = 'needs resync'}, 40), 'then the server needs a resync');
+	ok($alpha->load_until('beta', q{state = 'needs resync'}, 40), 'then the server needs a resync');
 	ok($alpha->log_contains(
 			qr/WARNING:  server "beta" needs a resync: changes are not queued/),
 		'the log says so');
@@ -273,7 +250,7 @@ section 'prepared transactions' => sub {
 
 	here(q{BEGIN; INSERT INTO hand VALUES (100, 'prepared'); PREPARE TRANSACTION 'before'});
 	$beta->peer_down('fast');
-	ok(write_until(q{state = 'needs resync'}, 40), 'the server needs a resync');
+	ok($alpha->load_until('beta', q{state = 'needs resync'}, 40), 'the server needs a resync');
 	here(q{BEGIN; INSERT INTO other VALUES (4001, 'prepared'); PREPARE TRANSACTION 'after'});
 	here(q{COMMIT PREPARED 'before'; COMMIT PREPARED 'after'});
 	$beta->peer_up;
@@ -290,7 +267,7 @@ section 'resync() between two savepoints of a transaction' => sub {
 	my $session = $alpha->session;
 
 	$beta->peer_down('fast');
-	ok(write_until(q{state = 'needs resync'}, 40), 'the server needs a resync');
+	ok($alpha->load_until('beta', q{state = 'needs resync'}, 40), 'the server needs a resync');
 	$session->ok('BEGIN');
 	$session->ok('SAVEPOINT s');
 	$session->ok(q{INSERT INTO item VALUES (900001, 'not captured')});
@@ -315,7 +292,7 @@ section 'given up while the worker connects' => sub {
 	$alpha->poll_ok(
 		qq{SELECT wait_event_type = 'Extension' FROM pg_stat_activity JOIN mmrepl.pg_stat_mmrepl
 		   USING (pid) WHERE server = 'beta' AND pid <> $before}, 'a worker connects');
-	ok(write_until(q{state = 'needs resync'}, 40), 'the server needs a resync');
+	ok($alpha->load_until('beta', q{state = 'needs resync'}, 40), 'the server needs a resync');
 	my $log = -s $alpha->logfile;
 	kill 'CONT', $beta->{_pid};
 	$alpha->wait_for_log(qr/mmrepl: stream \d+ needs a resync, nothing is delivered/, $log);
@@ -331,7 +308,7 @@ kill 'CONT', $beta->{_pid}; # whatever has happened
 
 section 'given up, and its user mapping is dropped' => sub {
 	$beta->peer_down('fast');
-	ok(write_until(q{state = 'needs resync'}, 40), 'the server needs a resync');
+	ok($alpha->load_until('beta', q{state = 'needs resync'}, 40), 'the server needs a resync');
 	stat_ok(q{last_error ~ 'needs a resync'}, 'the worker knows');
 	my $log = -s $alpha->logfile;
 	here('DROP USER MAPPING FOR CURRENT_USER SERVER beta');
@@ -375,7 +352,7 @@ section 'without a worker' => sub {
 	$alpha->append_conf('postgresql.conf', 'max_worker_processes = 1');
 	$alpha->restart;
 	stat_ok('pid IS NULL', 'no worker is there');
-	ok(write_until(q{state = 'needs resync'}, 40), 'the server needs a resync');
+	ok($alpha->load_until('beta', q{state = 'needs resync'}, 40), 'the server needs a resync');
 	nothing_queued('without a worker');
 	$alpha->append_conf('postgresql.conf', 'max_worker_processes = 24');
 	$alpha->restart;
@@ -414,7 +391,7 @@ section q{'warn' drops nothing} => sub {
 	$alpha->poll_query_until('postgres',
 		q{SELECT current_setting('mmrepl.max_queue_action') = 'warn'});
 	$beta->peer_down('fast');
-	ok(write_until('queue_bytes > 128 * 1024', 40), 'twice as much waits');
+	ok($alpha->load_until('beta', 'queue_bytes > 128 * 1024', 40), 'twice as much waits');
 	stat_ok('queue_warned_at IS NOT NULL AND resync_since IS NULL',
 		'there is a warning, and nothing else');
 	$beta->peer_up;

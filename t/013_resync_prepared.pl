@@ -32,22 +32,6 @@ sub synced
 	return $alpha->wait_caught_up('beta');
 }
 
-# Single-row transactions, until the condition holds.
-sub write_until
-{
-	my ($condition, $most) = @_;
-
-	foreach (1 .. $most)
-	{
-		here('CALL load(100)');
-		return 1
-		  if here(
-			"SELECT $condition FROM mmrepl.pg_stat_mmrepl WHERE server = 'beta'")
-		  eq 't';
-	}
-	return 0;
-}
-
 $alpha->create_table_on_both(
 	$beta, q{
 	CREATE TABLE item (id int PRIMARY KEY, v text);
@@ -55,16 +39,8 @@ $alpha->create_table_on_both(
 });
 $alpha->create_pair('item', 'beta');
 $alpha->create_pair('other', 'beta', q{mode => 'sync'});
-here(
-	q{CREATE SEQUENCE ids START 1000;
-	   CREATE PROCEDURE load(count int) LANGUAGE plpgsql AS $$
-	   BEGIN
-		   FOR i IN 1 .. count LOOP
-			   INSERT INTO item VALUES (nextval('ids'), repeat('v', 60));
-			   COMMIT;
-		   END LOOP;
-	   END $$;
-	   INSERT INTO item VALUES (1, 'start')});
+$alpha->make_load('item');
+here(q{INSERT INTO item VALUES (1, 'start')});
 synced();
 
 # The record that tells what becomes of it is in the queue that was given up.
@@ -89,7 +65,7 @@ section 'prepared at the peer' => sub {
 	$alpha->start;
 	eval { $session->quit };
 	is(there($prepared), '1', 'it is still there');
-	ok(write_until(q{state = 'needs resync'}, 40), 'the server needs a resync');
+	ok($alpha->load_until('beta', q{state = 'needs resync'}, 40), 'the server needs a resync');
 	$alpha->wait_for_log(qr/needs a resync, nothing is delivered/);
 	$beta->open_to_peers;
 	here(q{SELECT mmrepl.retry_now('beta')});

@@ -212,18 +212,29 @@ section 'crash after the commit record' => sub {
 	is(there('SELECT v FROM item WHERE id = 40'), 'recorded', 'recovery has committed it');
 };
 
-section 'crash before the commit record' => sub {
-	# NOTIFY makes committers wait for each other between PRE_COMMIT and commit record.
-	hold_commits('nobody');
+# A session that has prepared the row's transaction at the peer and cannot write its
+# commit record, behind another one (returned first) that it waits for.
+sub held_between_the_two
+{
+	my ($id, $v) = @_;
 	my $first = $alpha->session;
 	my $second = $alpha->session;
-	$first->start(q{BEGIN; CREATE TABLE made (); NOTIFY turn; COMMIT});
+
+	# NOTIFY makes committers wait for each other between PRE_COMMIT and commit record.
+	hold_commits('nobody');
+	$first->start(qq{BEGIN; CREATE TABLE made_$id (); NOTIFY turn; COMMIT});
 	waits_for_standby($first);
 	$second->ok('BEGIN');
-	$second->ok(q{INSERT INTO item VALUES (50, 'not recorded')});
+	$second->ok("INSERT INTO item VALUES ($id, '$v')");
 	$second->ok('NOTIFY turn');
 	$second->start('COMMIT');
 	await($beta, "SELECT ($prepared) = 1");
+	return ($first, $second);
+}
+
+section 'crash before the commit record' => sub {
+	my ($first, $second) = held_between_the_two(50, 'not recorded');
+
 	$alpha->stop('immediate');
 	unlink $alpha->data_dir . '/postgresql.auto.conf';
 	$alpha->append_conf('postgresql.auto.conf', '');
@@ -235,16 +246,8 @@ section 'crash before the commit record' => sub {
 };
 
 section 'terminated between the two' => sub {
-	hold_commits('nobody');
-	my $first = $alpha->session;
-	my $second = $alpha->session;
-	$first->start(q{BEGIN; CREATE TABLE made_later (); NOTIFY turn; COMMIT});
-	waits_for_standby($first);
-	$second->ok('BEGIN');
-	$second->ok(q{INSERT INTO item VALUES (55, 'terminated')});
-	$second->ok('NOTIFY turn');
-	$second->start('COMMIT');
-	await($beta, "SELECT ($prepared) = 1");
+	my ($first, $second) = held_between_the_two(55, 'terminated');
+
 	$alpha->terminate($second->pid);
 	is(there($prepared), '0', 'the session itself has rolled it back');
 	hold_commits('');

@@ -96,6 +96,9 @@ bool FindStreamRow(Oid server, Oid owner, StreamRow *row);
 bool ReadStreamRow(int32 id, StreamRow *row);
 List *AllStreams(); /* of StreamRow * */
 
+/* Those to a server that the current user may steer: it has their owner's privileges. */
+List *StreamsToSteer(Oid server, bool *others); /* *others: there are some that it may not */
+
 /*
  * The stream's id, with its row inserted in the current transaction if there
  * was none.  Concurrent callers wait for each other's commit.  A row whose

@@ -206,6 +206,13 @@ struct State
 	Stream streams[kMaxStreams]; /* the first guc::max_servers are used */
 };
 
+/* One after the other, in this order. */
+inline void
+SetToZero(auto &...counters)
+{
+	(pg_atomic_write_u64(&counters, 0), ...);
+}
+
 /* Tickets count microseconds since the Unix epoch, timestamps since PostgreSQL's. */
 constexpr int64 kEpochShift =
 	(int64) (POSTGRES_EPOCH_JDATE - UNIX_EPOCH_JDATE) * SECS_PER_DAY * USECS_PER_SEC;

@@ -214,7 +214,6 @@ Merge(Target *target, Leaf *leaf)
 static void
 Move(Session *session, Target *target, Leaf *from)
 {
-	ExecMaterializeSlot(target->merged);
 	slot_getallattrs(target->merged);
 	DeleteFound(target, from);
 	Leaf *to = Route(session, target, target->merged);
@@ -301,6 +300,8 @@ UpdateFound(Session *session, Target *target, Leaf *leaf, bool locked)
 
 	if (target->proute && !ExecPartitionCheck(leaf->info, row, target->estate, false))
 	{
+		/* What it shares with the row that was found goes with that one's pin. */
+		ExecMaterializeSlot(target->merged);
 		if (!locked && !LockPeeked(leaf, LockTupleExclusive))
 			return false;
 		Move(session, target, leaf);

@@ -108,6 +108,27 @@ WasSkipped(int32 stream, uint64 xid)
 	return found;
 }
 
+List *
+StreamsToSteer(Oid server, bool *others)
+{
+	List *mine = NIL;
+	ListCell *cell;
+
+	*others = false;
+	foreach(cell, AllStreams())
+	{
+		StreamRow *row = (StreamRow *) lfirst(cell);
+
+		if (row->server != server)
+			continue;
+		if (has_privs_of_role(GetUserId(), row->owner))
+			mine = lappend(mine, row);
+		else
+			*others = true;
+	}
+	return mine;
+}
+
 /* ---- streams of the current transaction ---- */
 
 /* The streams that a transaction made, as far as there is room to remember them. */

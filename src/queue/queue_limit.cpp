@@ -29,6 +29,18 @@ TakeSlot(const catalog::StreamRow &row)
 	return slot;
 }
 
+int
+RequireSlot(const catalog::StreamRow &row)
+{
+	int slot = TakeSlot(row);
+
+	if (slot < 0)
+		ereport(ERROR, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
+						errmsg("too many servers are replicated to"),
+						errhint("Raise \"mmrepl.max_servers\" and restart the server.")));
+	return slot;
+}
+
 uint64
 DiscardedUpTo(int32 stream)
 {
@@ -58,13 +70,9 @@ SetDiscarded(shmem::Stream &stream, uint64 discarded)
 {
 	if (discarded != pg_atomic_read_u64(&stream.discarded))
 	{
-		pg_atomic_write_u64(&stream.acked, 0);
-		pg_atomic_write_u64(&stream.queued_transactions, 0);
-		pg_atomic_write_u64(&stream.queued_changes, 0);
-		pg_atomic_write_u64(&stream.queued_bytes, 0);
-		pg_atomic_write_u64(&stream.oldest_ticket, 0);
-		pg_atomic_write_u64(&stream.copy_ticket, 0);
-		pg_atomic_write_u64(&stream.warned_at, 0);
+		shmem::SetToZero(stream.acked, stream.queued_transactions, stream.queued_changes,
+						 stream.queued_bytes, stream.oldest_ticket, stream.copy_ticket,
+						 stream.warned_at);
 	}
 	pg_atomic_write_u64(&stream.discarded, discarded);
 	SpinLockAcquire(&stream.mutex);

@@ -205,12 +205,8 @@ Resync(const catalog::StreamRow *stream, const char *server, bool truncate)
 {
 	uint64 last = 0;
 	List *tables = LockAll(stream, server, &last);
-	int slot = queue::TakeSlot(*stream);
+	int slot = queue::RequireSlot(*stream);
 
-	if (slot < 0)
-		ereport(ERROR, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
-						errmsg("too many servers are replicated to"),
-						errhint("Raise \"mmrepl.max_servers\" and restart the server.")));
 	transaction::FollowResyncAtCommit(stream->id, slot, true);
 	if (!catalog::SetResynced(stream->id, last))
 		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -222,21 +218,9 @@ Resync(const catalog::StreamRow *stream, const char *server, bool truncate)
 List *
 MyStreams(Oid server, const char *name)
 {
-	List *mine = NIL;
-	bool others = false;
-	ListCell *cell;
+	bool others;
+	List *mine = catalog::StreamsToSteer(server, &others);
 
-	foreach(cell, catalog::AllStreams())
-	{
-		catalog::StreamRow *row = (catalog::StreamRow *) lfirst(cell);
-
-		if (row->server != server)
-			continue;
-		if (has_privs_of_role(GetUserId(), row->owner))
-			mine = lappend(mine, row);
-		else
-			others = true;
-	}
 	if (mine == NIL)
 		ereport(ERROR,
 				(errcode(others ? ERRCODE_INSUFFICIENT_PRIVILEGE : ERRCODE_MMREPL_NO_SUCH_PAIR),

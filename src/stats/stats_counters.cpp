@@ -28,10 +28,7 @@ SharedSize()
 void
 ResetPair(PairCounters &counters)
 {
-	pg_atomic_write_u64(&counters.inserts, 0);
-	pg_atomic_write_u64(&counters.updates, 0);
-	pg_atomic_write_u64(&counters.deletes, 0);
-	pg_atomic_write_u64(&counters.truncates, 0);
+	shmem::SetToZero(counters.inserts, counters.updates, counters.deletes, counters.truncates);
 }
 
 /* Make a new entry's atomics usable. */

@@ -322,14 +322,9 @@ ResetStreams(Oid server)
 		if (!stream.in_use || stream.database != MyDatabaseId ||
 			(OidIsValid(server) && stream.server != server))
 			continue;
-		pg_atomic_write_u64(&counters.transactions_applied, 0);
-		pg_atomic_write_u64(&counters.changes_applied, 0);
-		pg_atomic_write_u64(&counters.bytes_sent, 0);
-		pg_atomic_write_u64(&counters.batches, 0);
-		pg_atomic_write_u64(&counters.retries, 0);
-		pg_atomic_write_u64(&counters.conflicts, 0);
-		pg_atomic_write_u64(&counters.sync_transactions, 0);
-		pg_atomic_write_u64(&counters.sync_failures, 0);
+		shmem::SetToZero(counters.transactions_applied, counters.changes_applied,
+						 counters.bytes_sent, counters.batches, counters.retries,
+						 counters.conflicts, counters.sync_transactions, counters.sync_failures);
 		pg_atomic_write_u64(&counters.reset_at, now);
 	}
 }

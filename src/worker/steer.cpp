@@ -16,13 +16,7 @@ int
 RequireSlot(const catalog::StreamRow *row)
 {
 	queue::EnsureReady(); /* and refuse on a standby */
-	int slot = queue::TakeSlot(*row);
-
-	if (slot < 0)
-		ereport(ERROR, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
-						errmsg("too many servers are replicated to"),
-						errhint("Raise \"mmrepl.max_servers\" and restart the server.")));
-	return slot;
+	return queue::RequireSlot(*row);
 }
 
 /*
@@ -33,22 +27,11 @@ List *
 StreamsToSteer(const char *server_name)
 {
 	Oid server = get_foreign_server_oid(server_name, false);
-	List *mine = NIL;
-	bool others = false;
-	ListCell *cell;
+	bool others;
 
 	queue::EnsureReady();
-	foreach(cell, catalog::AllStreams())
-	{
-		catalog::StreamRow *row = (catalog::StreamRow *) lfirst(cell);
+	List *mine = catalog::StreamsToSteer(server, &others);
 
-		if (row->server != server)
-			continue;
-		if (has_privs_of_role(GetUserId(), row->owner))
-			mine = lappend(mine, row);
-		else
-			others = true;
-	}
 	if (mine == NIL && others)
 		ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 						errmsg("permission denied for replication to server \"%s\"", server_name),

@@ -540,6 +540,49 @@ sub poll_ok
 
 =pod
 
+=item $node->make_load($table), $node->load_until($server, $condition, $most)
+
+The first makes a procedure C<load(count)>: so many transactions, each of which
+inserts one row of about 100 bytes, with ids from 1000, into a table (id int, v
+text).  The second calls it for 100 of them at a time, at the C<$most> so many
+times, until a condition over the server's row in pg_stat_mmrepl holds; returns
+whether it does.
+
+=cut
+
+sub make_load
+{
+	my ($self, $table) = @_;
+
+	$self->safe_psql(
+		'postgres', qq{
+		CREATE SEQUENCE ids START 1000;
+		CREATE PROCEDURE load(count int) LANGUAGE plpgsql AS \$\$
+		BEGIN
+			FOR i IN 1 .. count LOOP
+				INSERT INTO $table VALUES (nextval('ids'), repeat('v', 60));
+				COMMIT;
+			END LOOP;
+		END \$\$});
+	return;
+}
+
+sub load_until
+{
+	my ($self, $server, $condition, $most) = @_;
+
+	foreach (1 .. $most)
+	{
+		$self->safe_psql('postgres', 'CALL load(100)');
+		return 1
+		  if $self->safe_psql('postgres',
+			"SELECT $condition FROM mmrepl.pg_stat_mmrepl WHERE server = '$server'") eq 't';
+	}
+	return 0;
+}
+
+=pod
+
 =item $node->queued($server, $dbname)
 
 The number of changes in mmrepl.sync_err_rec for that server.
