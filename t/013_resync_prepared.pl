@@ -90,7 +90,7 @@ section 'given up while a session waits at the fence' => sub {
 	$alpha->poll_ok(
 		q{SELECT wait_event_type = 'Extension' FROM pg_stat_activity WHERE pid = }
 		  . $session->pid, 'a synchronous change waits for what is queued');
-	ok(write_until(q{resync_since IS NOT NULL}, 40), 'the server needs a resync');
+	ok($alpha->load_until('beta', q{resync_since IS NOT NULL}, 40), 'the server needs a resync');
 	my (undef, $err, $took) = $session->finish;
 	like($err, qr/ERROR:\s+MM015: the server needs a resync/, 'the one that waits is told so');
 	like($err, qr/HINT:\s+SELECT mmrepl\.resync\('beta'\)/, '... and what to do');
