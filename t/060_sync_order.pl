@@ -100,6 +100,67 @@ section 'a deadlock across the nodes' => sub {
 	$_->quit foreach ($holding, values %session);
 };
 
+# Each session waits at its fence for what is queued there; that waits at the other
+# node for a lock of the session there.
+section 'a deadlock through the queues' => sub {
+	my %node = map { $_->name => $_ } ($alpha, $beta);
+	my %other = (alpha => $beta, beta => $alpha);
+	my %id = map { $_ => $node{$_}->safe_psql('postgres', 'SELECT mmrepl.node_id()') }
+	  keys %node;
+	my ($loser, $winner) = sort { $id{$a} cmp $id{$b} } keys %id;
+	my %session = map { $_ => $node{$_}->session } keys %node;
+	my %row = (alpha => 5, beta => 6);
+
+	foreach my $name (sort keys %node)
+	{
+		$session{$name}->ok(q{SET statement_timeout = '30s'});
+		$session{$name}->ok('BEGIN');
+		$session{$name}->ok("SELECT * FROM account WHERE id = $row{$name} FOR UPDATE");
+	}
+	foreach my $name (sort keys %node)
+	{
+		my $wanted = $row{ $other{$name}->name };
+
+		$node{$name}->safe_psql('postgres',
+			"BEGIN; SET LOCAL mmrepl.mode = 'async'; UPDATE account SET n = n + 1 WHERE id = $wanted; COMMIT");
+		$other{$name}->poll_ok(
+			q{SELECT count(*) > 0 FROM pg_stat_activity
+			  WHERE client_addr IS NOT NULL AND wait_event_type = 'Lock'},
+			"what $name delivers waits for a lock");
+	}
+	$session{$_}->start('UPDATE account SET n = n + 1 WHERE id = ' . ($row{$_} + 2))
+	  foreach sort keys %node;
+	my ($out, $err, $took) = $session{$loser}->finish;
+	like($err, qr/ERROR:\s+40P01: deadlock or lock wait across nodes/, 'one of the two gets 40P01');
+	like($err, qr/DETAIL:\s+What is queued.*HINT:\s+Retry the transaction/s, 'and the hint to retry');
+	cmp_ok($took, '>', 1.9 * $deadlock_timeout / 1000, 'after a wait that is no deadlock yet');
+	cmp_ok($took, '<', 2.5 * $deadlock_timeout / 1000 + $slack,
+		'about twice deadlock_timeout later');
+	$session{$loser}->run('ROLLBACK');
+	(undef, $err) = $session{$winner}->finish;
+	is($err, '', 'the other one goes on');
+	$session{$winner}->ok('COMMIT');
+	$alpha->wait_caught_up('beta');
+	$beta->wait_caught_up('alpha');
+	$alpha->same_rows($beta, 'account');
+
+	# Delivery that waits for somebody else, for nobody here, is waited for.
+	my $holder = $beta->session;
+	my $writer = $alpha->session;
+	$holder->ok('BEGIN');
+	$holder->ok('SELECT * FROM account WHERE id = 5 FOR UPDATE');
+	$alpha->safe_psql('postgres',
+		q{BEGIN; SET LOCAL mmrepl.mode = 'async'; UPDATE account SET n = n + 1 WHERE id = 5; COMMIT});
+	$writer->start('UPDATE account SET n = n + 1 WHERE id = 6');
+	Time::HiRes::sleep(5 * $deadlock_timeout / 1000);
+	$holder->ok('ROLLBACK');
+	(undef, $err, $took) = $writer->finish;
+	is($err, '', 'who keeps no peer waiting waits as long as sync_timeout says');
+	cmp_ok($took, '>', 4.9 * $deadlock_timeout / 1000, '... longer than a deadlock may last');
+	$_->quit foreach ($holder, $writer, values %session);
+	$alpha->same_rows($beta, 'account');
+};
+
 section 'opposite orders under load' => sub {
 	my $before = $alpha->safe_psql('postgres', 'SELECT sum(n) FROM account');
 	my %writers;

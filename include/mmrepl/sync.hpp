@@ -51,6 +51,12 @@ struct Work
 	int64 commit_until;	  /* BeginCommit() has sent it; until when to wait; 0: it has not */
 };
 
+/*
+ * How long, in ms, a lock may be waited for across nodes, for this node as against
+ * that peer: of two that wait for each other, the one with the lower id goes first.
+ */
+int LockTimeout(const pg_uuid_t &peer);
+
 /* palloc'd in TopTransactionContext. */
 Work *Start(int32 stream, Oid server, Oid owner, const char *server_name);
 

@@ -27,22 +27,6 @@ FirstUnsent(Segment *segment)
 	return segment;
 }
 
-/*
- * How long a lock may be waited for at the peer.  A deadlock across nodes is
- * invisible to both; of the two nodes the one with the higher id waits twice as
- * long, so that only one of the two transactions has to go.
- */
-int
-LockTimeout(const pg_uuid_t &peer)
-{
-	pg_uuid_t node = catalog::NodeId();
-	int64 base = guc::sync_lock_timeout > 0 ? guc::sync_lock_timeout : 2 * (int64) DeadlockTimeout;
-
-	if (memcmp(node.data, peer.data, UUID_LEN) > 0)
-		base *= 2;
-	return (int) Min(base, INT_MAX);
-}
-
 /* Learn who the peer is, once for a connection. */
 Outcome
 Introduce(const Request &request, connection::Notes *notes)
@@ -152,6 +136,22 @@ ConverseSafely(const Request &request, Segment *first, bool *fresh)
 }
 
 } // namespace
+
+/*
+ * How long a lock may be waited for at the peer.  A deadlock across nodes is
+ * invisible to both; of the two nodes the one with the higher id waits twice as
+ * long, so that only one of the two transactions has to go.
+ */
+int
+LockTimeout(const pg_uuid_t &peer)
+{
+	pg_uuid_t node = catalog::NodeId();
+	int64 base = guc::sync_lock_timeout > 0 ? guc::sync_lock_timeout : 2 * (int64) DeadlockTimeout;
+
+	if (memcmp(node.data, peer.data, UUID_LEN) > 0)
+		base *= 2;
+	return (int) Min(base, INT_MAX);
+}
 
 /* A command that failed: was the session lost with it, or did it stay silent? */
 Outcome

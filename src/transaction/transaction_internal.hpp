@@ -122,6 +122,13 @@ bool GiveUpPart(Work *work, bool wait);
  */
 void FlushWork(Work *work, bool goes_on);
 
+/*
+ * The fence: all that was committed here on the stream before now must be at the
+ * peer.  False, with the reason, when it is not and waiting is of no use, took too
+ * long, or may be a deadlock across nodes.
+ */
+bool PassFence(Work *work, connection::Failure *failure);
+
 /* Undo and merge of subtransactions. */
 void UndoTo(Work *work, int level);
 void MergeInto(Work *work, int level);

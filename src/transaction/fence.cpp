@@ -1,0 +1,206 @@
+/*
+ * fence.cpp
+ *		The fence before each inline flush: all that was committed here on the
+ *		stream is at the peer first.
+ *
+ * Who waits there holds locks here.  When a peer's delivery waits for one of them
+ * while ours does not get on, each may be waiting for the other: what is queued
+ * here waits, at the peer, for a session that waits at the fence there.  No
+ * node's deadlock detector sees that, so such a wait has the bound of lock waits
+ * across nodes, and the node with the higher id waits twice as long as ever.
+ */
+#include "transaction_internal.hpp"
+
+#include "mmrepl/catalog.hpp"
+
+namespace mmrepl::transaction
+{
+
+/* The stream's shared slot: the fence stands there. */
+static shmem::Stream &
+SharedStream(Work *work)
+{
+	int slot = queue::SlotOf(work->route.stream);
+
+	if (slot < 0)
+	{
+		catalog::StreamRow row = {};
+
+		MmreplEnsure(catalog::ReadStreamRow(work->route.stream, &row), "stream %d does not exist",
+					 work->route.stream);
+		slot = queue::TakeSlot(row);
+	}
+	if (slot < 0)
+		ereport(ERROR, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
+						errmsg("too many servers are replicated to"),
+						errhint("Raise mmrepl.max_servers and restart the server.")));
+	return shmem::Get().streams[slot];
+}
+
+static bool
+FailForResync(const Work *work, connection::Failure *failure)
+{
+	*failure = {};
+	failure->sqlstate = ERRCODE_MMREPL_NEEDS_RESYNC;
+	failure->message = pstrdup("the server needs a resync");
+	failure->detail = pstrdup("Too much was waiting for it.");
+	failure->hint =
+		psprintf("SELECT mmrepl.resync(%s);", quote_literal_cstr(work->route.server_name));
+	return false;
+}
+
+/* ---- deadlocks ---- */
+
+constexpr int kMaxChain = 256; /* sessions that are asked about, at the most */
+
+/* Sessions that wait, one for the other. */
+struct Chain
+{
+	int pids[kMaxChain];
+	int count;
+
+	void Add(int pid)
+	{
+		for (int i = 0; i < count; i++)
+			if (pids[i] == pid)
+				return;
+		if (pid > 0 && count < kMaxChain)
+			pids[count++] = pid;
+	}
+};
+
+/* Add whom the session waits for. */
+static void
+AddBlockers(Chain *chain, int pid)
+{
+	Datum blockers = DirectFunctionCall1(pg_blocking_pids, Int32GetDatum(pid));
+	ArrayType *array = DatumGetArrayTypeP(blockers);
+	int count = ArrayGetNItems(ARR_NDIM(array), ARR_DIMS(array));
+
+	for (int i = 0; i < count; i++)
+		chain->Add(((const int32 *) ARR_DATA_PTR(array))[i]);
+}
+
+/* Whether a session that a peer has opened here waits for this one, directly or not. */
+static bool
+PeersWaitForUs()
+{
+	Chain chain = {};
+
+	for (int i = 0; i < shmem::Get().n_slots; i++)
+	{
+		uint32 pid = pg_atomic_read_u32(&shmem::SlotOf(i).peer_session);
+
+		if (pid != 0 && GetPGProcByNumber(i)->waitStatus == PROC_WAIT_STATUS_WAITING)
+			chain.Add((int) pid);
+	}
+	for (int i = 0; i < chain.count; i++)
+	{
+		if (chain.pids[i] == MyProcPid)
+			return true;
+		AddBlockers(&chain, chain.pids[i]);
+	}
+	return false;
+}
+
+/* Milliseconds without progress after which a peer's wait for us is a deadlock to the user. */
+static int
+DeadlockBound(shmem::Stream &stream)
+{
+	SpinLockAcquire(&stream.mutex);
+	pg_uuid_t peer = stream.peer_known ? stream.peer_node : pg_uuid_t{};
+	SpinLockRelease(&stream.mutex);
+	return sync::LockTimeout(peer);
+}
+
+static bool
+FailForDeadlock(int bound, connection::Failure *failure)
+{
+	*failure = {};
+	failure->sqlstate = ERRCODE_T_R_DEADLOCK_DETECTED;
+	failure->message = pstrdup("deadlock or lock wait across nodes");
+	failure->detail = psprintf("What is queued for the server has not got on for %d ms, and what a "
+							   "peer delivers waits for a lock of this transaction.",
+							   bound);
+	failure->hint = pstrdup("Retry the transaction.");
+	return false;
+}
+
+static bool
+FailForTime(shmem::WorkerState state, connection::Failure *failure)
+{
+	*failure = {};
+	failure->sqlstate = ERRCODE_MMREPL_SYNC_TIMEOUT;
+	failure->message = pstrdup("earlier changes for the server are still queued");
+	failure->detail = psprintf("The stream is \"%s\".", stats::StateName(state));
+	failure->hint = pstrdup("See mmrepl.pg_stat_mmrepl for the reason, or let the pair queue with "
+							"on_unreachable => 'queue'.");
+	return false;
+}
+
+/* ---- the fence ---- */
+
+/* Wait for the goal; *locked: in vain, because a peer waits for us. */
+static bool
+AwaitGoal(shmem::Stream &stream, const queue::Goal &goal, int bound, bool *locked)
+{
+	constexpr int kLooks = 4; /* within the bound */
+	TimestampTz deadline = connection::DeadlineIn(guc::sync_timeout);
+	TimestampTz moved = GetCurrentTimestamp();
+	uint64 confirmed = pg_atomic_read_u64(&stream.confirmed);
+
+	for (;;)
+	{
+		TimestampTz look = connection::DeadlineIn(Max(bound / kLooks, 10));
+
+		if (queue::WaitConfirmed(stream, goal, Min(look, deadline)))
+			return true;
+		if (GetCurrentTimestamp() >= deadline ||
+			pg_atomic_read_u64(&stream.discarded) == shmem::kNeedsResync)
+			return false;
+		if (confirmed != pg_atomic_read_u64(&stream.confirmed))
+			moved = GetCurrentTimestamp();
+		confirmed = pg_atomic_read_u64(&stream.confirmed);
+		*locked =
+			TimestampDifferenceExceeds(moved, GetCurrentTimestamp(), bound) && PeersWaitForUs();
+		if (*locked)
+			return false;
+	}
+}
+
+/*
+ * The fence: all that was committed here on the stream before now must be at the
+ * peer.  False, with the reason, when it is not and waiting is of no use or took
+ * too long.
+ */
+bool
+PassFence(Work *work, connection::Failure *failure)
+{
+	if (catalog::MadeHere(work->route.stream))
+		return true;
+
+	shmem::Stream &stream = SharedStream(work);
+	queue::Goal goal = queue::CurrentGoal(stream);
+
+	if (queue::NeedsResync(work->route.stream))
+		return FailForResync(work, failure);
+	if (queue::Reached(stream, goal))
+		return true;
+	SpinLockAcquire(&stream.mutex);
+	shmem::WorkerState state = stream.state;
+	SpinLockRelease(&stream.mutex);
+	bool stuck = state == shmem::WorkerState::Retrying || state == shmem::WorkerState::Paused ||
+				 state == shmem::WorkerState::Blocked;
+
+	shmem::WakeWorker(stream);
+	int bound = DeadlockBound(stream);
+	bool locked = false;
+
+	if (!(stuck && queue::HasQueued(stream)) && AwaitGoal(stream, goal, bound, &locked))
+		return true;
+	if (queue::NeedsResync(work->route.stream)) /* by now */
+		return FailForResync(work, failure);
+	return locked ? FailForDeadlock(bound, failure) : FailForTime(state, failure);
+}
+
+} // namespace mmrepl::transaction
