@@ -73,7 +73,10 @@ void Close(PGconn *conn);
 struct Notes
 {
 	uint64 serial;		 /* unique in the process: tells a connection from its successor */
-	bool apply_prepared; /* delivery: the statement for apply() is prepared */
+	WaitEventSet *waits; /* connection: on its socket, made at the first wait */
+	int waits_socket;
+	int waits_at;		 /* place of the socket in it */
+	bool apply_prepared; /* delivery: the statements for BEGIN and apply() are prepared */
 	bool peer_known;	 /* delivery: peer_node was told by hello() */
 	pg_uuid_t peer_node;
 	int lock_timeout; /* sync: ms, as set in the session; 0: none */

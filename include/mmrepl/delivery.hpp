@@ -68,6 +68,8 @@ bool TryHello(PGconn *conn, const pg_uuid_t &node, int32 stream, TimestampTz dea
 
 /* Queue the batch for sending (non-blocking connection, extended protocol, binary parameter). */
 bool Send(PGconn *conn, const Batch *batch);
+/* Queue the BEGIN of a transaction that batches are to be parts of. */
+bool SendBegin(PGconn *conn);
 
 /* The watermark that apply() returned. */
 uint64 ReadWatermark(const PGresult *res);

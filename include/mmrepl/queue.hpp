@@ -55,7 +55,8 @@ struct Outgoing
 	StringInfoData payload; /* of the head row, made by PrepareHead */
 	uint64 entry;			/* ring position of the entry + 1; 0: not in the ring */
 	uint32 counted_bytes;
-	bool copy; /* resync()'s copy of the tables */
+	bool copy;		/* resync()'s copy of the tables */
+	bool delivered; /* settled as being at the peer */
 };
 
 /* ---- writing ---- */
@@ -287,6 +288,12 @@ struct Goal
 
 /* Whether something that the worker has to deliver is not confirmed. */
 bool HasQueued(const shmem::Stream &stream);
+
+/*
+ * Up to which ticket everything committed is at the peer; what the worker has not
+ * passed yet, because it was delivered inline, counts.
+ */
+uint64 Confirmed(const shmem::Stream &stream);
 
 Goal CurrentGoal(const shmem::Stream &stream);
 bool Reached(const shmem::Stream &stream, const Goal &goal);

@@ -88,6 +88,7 @@ struct Leftover
 };
 
 constexpr int kMaxLeftovers = 16; /* that are shown */
+constexpr uint64 kHeedless = PG_UINT64_MAX;
 
 struct Stream
 {
@@ -130,6 +131,13 @@ struct Stream
 	pg_atomic_uint64 copy_bytes;	  /* its part of queued_bytes, which no limit is for */
 	pg_atomic_uint64 warned_at;		  /* TimestampTz: much waits, and the log said so; 0: not */
 	pg_atomic_uint64 oldest_ticket;	  /* oldest unconfirmed committed ticket; 0: none */
+
+	/*
+	 * When the sleeping worker will look at the ring by itself (TimestampTz): until
+	 * then it need not be woken for what is at the peer already.  0: it is awake, or
+	 * wants to be woken for everything; kHeedless: for nothing that is queued.
+	 */
+	pg_atomic_uint64 looks_at;
 
 	/* Control, guarded by mutex. */
 	Latch *worker_latch; /* NULL: no worker */

@@ -240,6 +240,8 @@ Close(PGconn *conn)
 		if (entry->conn != conn)
 			continue;
 		*link = entry->next;
+		if (entry->notes.waits != NULL)
+			FreeWaitEventSet(entry->notes.waits);
 		pfree(entry);
 		hushed = true;
 		PQfinish(conn);

@@ -94,6 +94,45 @@ WaitSocket(int socket, int events, TimestampTz deadline)
 	return happened & ~WL_TIMEOUT;
 }
 
+namespace
+{
+
+/* What a connection's waits listen to; kept, for a statement may wait only some microseconds. */
+void
+MakeWaits(Notes *notes, int socket)
+{
+	if (notes->waits != NULL)
+		FreeWaitEventSet(notes->waits);
+	notes->waits = NULL;
+	notes->waits = NewWaitEventSet(3);
+	notes->waits_socket = socket;
+	AddWaitEventToSet(notes->waits, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
+	AddWaitEventToSet(notes->waits, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
+	notes->waits_at =
+		AddWaitEventToSet(notes->waits, WL_SOCKET_READABLE, (pgsocket) socket, NULL, NULL);
+}
+
+/* As WaitSocket(), on an open connection. */
+int
+WaitOpen(Notes *notes, int socket, int events, TimestampTz deadline)
+{
+	WaitEvent event = {};
+
+	if (notes->waits == NULL || notes->waits_socket != socket)
+		MakeWaits(notes, socket);
+	ModifyWaitEvent(notes->waits, notes->waits_at, (uint32) events, NULL);
+	if (WaitEventSetWait(notes->waits, Remaining(deadline), &event, 1, PeerWaitEvent()) == 0)
+		return 0;
+	if (event.events & WL_LATCH_SET)
+	{
+		ResetLatch(MyLatch);
+		CHECK_FOR_INTERRUPTS();
+	}
+	return (int) event.events;
+}
+
+} // namespace
+
 /*
  * Wait for the connection, the latch (which is reset) or the deadline; false at
  * the deadline.  A connection without a socket is ready: the next call of libpq
@@ -104,8 +143,12 @@ WaitFor(PGconn *conn, bool for_write, TimestampTz deadline)
 {
 	int events = WL_SOCKET_READABLE | (for_write ? WL_SOCKET_WRITEABLE : 0);
 	int socket = PQsocket(conn);
+	Notes *notes = NotesOf(conn);
 
-	return socket < 0 || WaitSocket(socket, events, deadline) != 0;
+	if (socket < 0)
+		return true;
+	return (notes != NULL ? WaitOpen(notes, socket, events, deadline)
+						  : WaitSocket(socket, events, deadline)) != 0;
 }
 
 /* Whether the socket is readable or broken right now, without waiting. */

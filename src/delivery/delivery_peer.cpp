@@ -14,6 +14,8 @@ using connection::Failure;
 
 constexpr const char *kApply = "SELECT mmrepl.apply($1)";
 constexpr const char *kApplyStatement = "mmrepl_apply";
+constexpr const char *kBegin = "BEGIN ISOLATION LEVEL READ COMMITTED";
+constexpr const char *kBeginStatement = "mmrepl_begin";
 constexpr const char *kHello =
 	"SELECT protocol, node, watermark, server_version FROM mmrepl.hello($1, $2, $3)";
 
@@ -101,17 +103,18 @@ AskHello(PGconn *conn, const pg_uuid_t &node, int32 stream, TimestampTz deadline
 }
 
 /*
- * Prepare the statement that Send() executes, which saves the peer its parsing
+ * Prepare a statement that is executed often, which saves the peer its parsing
  * and planning; false with *failure filled.
  */
 bool
-PrepareApply(PGconn *conn, TimestampTz deadline, Failure *failure)
+Prepare(PGconn *conn, const char *name, const char *sql, int n_params, TimestampTz deadline,
+		Failure *failure)
 {
 	const Oid types[1] = {BYTEAOID};
 	PGresult *res = NULL;
 	bool good = true;
 
-	if (PQsendPrepare(conn, kApplyStatement, kApply, 1, types) != 1)
+	if (PQsendPrepare(conn, name, sql, n_params, types) != 1)
 	{
 		connection::Describe(conn, NULL, failure);
 		return false;
@@ -145,7 +148,9 @@ TryHello(PGconn *conn, const pg_uuid_t &node, int32 stream, TimestampTz deadline
 	bool good = AskHello(conn, node, stream, deadline, peer, failure);
 
 	if (good && notes != NULL && !notes->apply_prepared)
-		notes->apply_prepared = good = PrepareApply(conn, deadline, failure);
+		notes->apply_prepared = good =
+			Prepare(conn, kApplyStatement, kApply, 1, deadline, failure) &&
+			Prepare(conn, kBeginStatement, kBegin, 0, deadline, failure);
 	if (!good)
 	{
 		Explain(conn, failure);
@@ -188,6 +193,17 @@ Send(PGconn *conn, const Batch *batch)
 	if (notes != NULL && notes->apply_prepared)
 		return PQsendQueryPrepared(conn, kApplyStatement, 1, values, lengths, formats, 1) == 1;
 	return PQsendQueryParams(conn, kApply, 1, types, values, lengths, formats, 1) == 1;
+}
+
+/* Queue the begin of a transaction, for the parts of one; false as Send(). */
+bool
+SendBegin(PGconn *conn)
+{
+	const connection::Notes *notes = connection::NotesOf(conn);
+
+	if (notes != NULL && notes->apply_prepared)
+		return PQsendQueryPrepared(conn, kBeginStatement, 0, NULL, NULL, NULL, 0) == 1;
+	return PQsendQueryParams(conn, kBegin, 0, NULL, NULL, NULL, NULL, 0) == 1;
 }
 
 /* The watermark that apply() returned; raises when that is not what the result is. */

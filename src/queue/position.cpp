@@ -91,6 +91,16 @@ TicketReached(const shmem::Stream &stream, uint64 ticket)
 	return !HasQueued(stream);
 }
 
+uint64
+Confirmed(const shmem::Stream &stream)
+{
+	uint64 last = LastTicket(stream);
+	bool all = TicketReached(stream, last);
+	uint64 passed = pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.confirmed));
+
+	return all ? Max(last, passed) : passed;
+}
+
 bool
 Reached(const shmem::Stream &stream, const Goal &goal)
 {

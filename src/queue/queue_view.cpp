@@ -95,7 +95,7 @@ PutStream(View *view)
 
 	if (slot >= 0)
 	{
-		after = pg_atomic_read_u64(&shmem::Get().streams[slot].confirmed);
+		after = Confirmed(shmem::Get().streams[slot]);
 		blocked = shmem::Get().streams[slot].blocked_ticket;
 	}
 	Collected waiting = Collect(view->stream->id, after, PG_UINT64_MAX, kRefsAtATime, &survey);

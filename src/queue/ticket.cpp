@@ -193,6 +193,7 @@ Settle(Outgoing *out, uint64 ticket, Fate fate)
 		if (!(out->flags & kTombstone))
 			CountQueued(stream, out, ticket);
 	}
+	out->delivered = fate == Fate::Delivered;
 	if (out->entry != 0)
 	{
 		pg_write_barrier();
@@ -214,6 +215,17 @@ NoteQueuedForAll(uint64 ticket)
 		}
 }
 
+/* Whether the worker, if it sleeps, has to be woken for the part. */
+static bool
+WantsWake(shmem::Stream &stream, const Outgoing *out)
+{
+	uint64 looks_at = pg_atomic_read_u64(&stream.looks_at);
+
+	if (looks_at == 0 || (out->flags & kTombstone))
+		return true;
+	return looks_at != shmem::kHeedless && !out->delivered;
+}
+
 /* Wake who waits for the part's settlement. */
 static void
 WakeFor(const Outgoing *out)
@@ -226,7 +238,8 @@ WakeFor(const Outgoing *out)
 	}
 	shmem::Stream &stream = shmem::Get().streams[out->slot];
 
-	shmem::WakeWorker(stream);
+	if (WantsWake(stream, out))
+		shmem::WakeWorker(stream);
 	if (out->flags & kInlined) /* sync sessions at the fence wait for that, too */
 		ConditionVariableBroadcast(&stream.confirmed_cv);
 }
@@ -241,6 +254,7 @@ SettleTicket(Outgoing **parts, int n_parts)
 			NoteQueuedForAll(pg_atomic_read_u64(ticket));
 	pg_memory_barrier();
 	pg_atomic_write_u64(ticket, 0);
+	pg_memory_barrier(); /* the worker looks at the ring after it has cleared looks_at */
 	for (int i = 0; i < n_parts; i++)
 		WakeFor(parts[i]);
 }

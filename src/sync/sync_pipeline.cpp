@@ -46,6 +46,13 @@ QueueSql(Pipeline *pipeline, Step step, const char *sql)
 	appendStringInfoChar(&pipeline->steps, step);
 }
 
+void
+QueueBegin(Pipeline *pipeline)
+{
+	pipeline->sent = pipeline->sent && delivery::SendBegin(pipeline->conn);
+	appendStringInfoChar(&pipeline->steps, kBegin);
+}
+
 /* Microseconds since the Unix epoch, which is what the ticket clock counts. */
 uint64
 ClockNow()
@@ -98,7 +105,7 @@ QueuePrelude(Pipeline *pipeline)
 	char sql[64];
 
 	if (!work->begun)
-		QueueSql(pipeline, kBegin, "BEGIN ISOLATION LEVEL READ COMMITTED");
+		QueueBegin(pipeline);
 	if (work->release_level > 0)
 	{
 		snprintf(sql, sizeof(sql), "RELEASE SAVEPOINT s%d", work->release_level);

@@ -252,7 +252,10 @@ FillFromRing(Feed *feed, Shipment *shipment, const Budget &budget)
 			if (state == queue::EntryState::Committed && !TakeEntry(feed, shipment, entry, budget))
 				return;
 			if (state == queue::EntryState::Delivered)
+			{
 				feed->inline_passed++;
+				feed->passed_at = GetCurrentTimestamp();
+			}
 			feed->position = entry->ticket;
 		}
 		queue::ConsumeRing(*feed->shared, entry);

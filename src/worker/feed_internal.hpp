@@ -30,7 +30,4 @@ pg_attribute_noreturn() void RefuseGivenUp();
 /* Go back to the ticket: what was read above it and is in no batch is read again. */
 void ReadAgain(Feed *feed, uint64 position);
 
-/* Whether a prepared transaction's rows may have appeared since the tables were read. */
-bool LateWork(const Feed *feed);
-
 } // namespace mmrepl::worker

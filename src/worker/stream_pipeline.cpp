@@ -75,7 +75,7 @@ BudgetOf(const Session *session)
 	return budget;
 }
 
-static bool
+bool
 MayStart(const Session *session)
 {
 	if (session->outstanding == kLanes)

@@ -112,5 +112,6 @@ TimestampTz SilenceEnds(const Session *session);
 /* pipeline.cpp: batches out, results in */
 bool Receive(Session *session);
 void Send(Session *session);
+bool MayStart(const Session *session); /* whether another batch may be started */
 
 } // namespace mmrepl::worker

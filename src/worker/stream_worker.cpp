@@ -17,6 +17,7 @@ constexpr int64 kUpkeepEvery = USECS_PER_SEC / 20; /* often enough for a test */
 #else
 constexpr int64 kUpkeepEvery = USECS_PER_SEC;
 #endif
+constexpr int64 kLookEvery = INT64CONST(50) * 1000;
 constexpr int64 kRestEvery = INT64CONST(5) * USECS_PER_SEC;
 
 /* Who gives the ordering lock up wakes us just before the lock is free. */
@@ -51,6 +52,7 @@ TakeSlot(shmem::Stream &stream, int other)
 
 	if (mine)
 	{
+		pg_atomic_write_u64(&stream.looks_at, 0);
 		stream.worker_latch = MyLatch;
 		stream.worker_pid = MyProcPid;
 	}
@@ -163,6 +165,32 @@ TakeRetryNow(Session *session)
 	return asked;
 }
 
+/* Whether the next try is not due yet. */
+static bool
+BackingOff(const Session *session)
+{
+	return session->conn == NULL && session->retry_at > GetCurrentTimestamp();
+}
+
+/*
+ * What committing sessions may spare us (and themselves) while we sleep, as
+ * shmem::Stream::looks_at.  As long as sync transactions keep coming the ring is
+ * looked at now and then, for nothing in it has to be delivered.
+ */
+static uint64
+LooksAt(const Session *session, TimestampTz now)
+{
+	const Feed &feed = session->feed;
+	TimestampTz look = feed.passed_at + kLookEvery;
+
+	if (session->conn == NULL ? BackingOff(session) : !MayStart(session))
+		return shmem::kHeedless;
+	if (look <= now || session->conn == NULL || session->outstanding > 0 || feed.from_tables ||
+		LateWork(&feed) || queue::PeekRing(*session->shared, session->slot) != NULL)
+		return 0;
+	return (uint64) look;
+}
+
 /* Milliseconds until something is due; -1: only events matter. */
 static long
 Timeout(const Session *session)
@@ -182,6 +210,8 @@ Timeout(const Session *session)
 	if ((session->conn != NULL || session->shared->paused || GivenUp(session)) &&
 		session->target != NULL && session->recovery_at != DT_NOEND)
 		due = due == 0 ? session->recovery_at : Min(due, session->recovery_at);
+	if (uint64 looks_at = LooksAt(session, now); looks_at != 0 && looks_at != shmem::kHeedless)
+		due = due == 0 ? (TimestampTz) looks_at : Min(due, (TimestampTz) looks_at);
 	if (TimestampTz silence = SilenceEnds(session); silence != 0)
 		due = due == 0 ? silence : Min(due, silence);
 	if (due == 0)
@@ -195,6 +225,7 @@ Wait(Session *session)
 	WaitEvent event;
 	long timeout = Timeout(session);
 
+	pg_atomic_write_u64(&session->shared->looks_at, LooksAt(session, GetCurrentTimestamp()));
 	if (session->events == NULL)
 	{
 		(void) WaitLatch(MyLatch,
@@ -209,6 +240,7 @@ Wait(Session *session)
 			(event.events & (WL_SOCKET_READABLE | WL_SOCKET_WRITEABLE)))
 			session->progress = true;
 	}
+	(void) pg_atomic_exchange_u64(&session->shared->looks_at, 0); /* before the ring is looked at */
 	ResetLatch(MyLatch);
 	CHECK_FOR_INTERRUPTS();
 	if (ConfigReloadPending)
@@ -243,13 +275,6 @@ NoteIdle(Session *session)
 		if (!settled)
 			NoteSuccess(session);
 	}
-}
-
-/* Whether the next try is not due yet. */
-static bool
-BackingOff(const Session *session)
-{
-	return session->conn == NULL && session->retry_at > GetCurrentTimestamp();
 }
 
 /* One round: everything that can be done without waiting. */

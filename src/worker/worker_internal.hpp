@@ -48,9 +48,10 @@ struct Feed
 	queue::Survey survey; /* where the rest stands, while surveyed */
 	bool surveyed;
 
-	uint64 inline_passed; /* inline transactions passed since markers were swept */
-	uint64 sweep_xid;	  /* candidate for sweeping markers below, 0: none */
-	uint64 sweep_after;	  /* ... once everything up to this ticket is confirmed */
+	TimestampTz passed_at; /* when the ring last had something that was delivered already */
+	uint64 inline_passed;  /* inline transactions passed since markers were swept */
+	uint64 sweep_xid;	   /* candidate for sweeping markers below, 0: none */
+	uint64 sweep_after;	   /* ... once everything up to this ticket is confirmed */
 };
 
 /* One remote transaction on its way: a batch, or the parts of a large one. */
@@ -109,6 +110,9 @@ void NextPart(Feed *feed, Shipment *shipment, int64 bytes);
 
 /* Nothing on its way and nothing found: confirm what was passed; true when it did move. */
 void ConfirmPassed(Feed *feed);
+
+/* Whether a prepared transaction's rows may have appeared since the tables were read. */
+bool LateWork(const Feed *feed);
 
 /* An empty batch that only moves the watermark and sweeps markers, if it is time. */
 bool SweepShipment(Feed *feed, Shipment *shipment);
