@@ -169,7 +169,8 @@ bool ExecQuietly(PGconn *conn, const char *sql, int timeout_ms);
 
 /*
  * The halves of it, so that several peers work at the same time: send, and wait
- * until `until`, a time of QuietDeadline(); with the same sql.
+ * until `until`, a time of QuietDeadline(), or a little after the user has
+ * cancelled the statement or terminated the session; with the same sql.
  */
 int64 QuietDeadline(int timeout_ms);
 bool SendQuietly(PGconn *conn, const char *sql);

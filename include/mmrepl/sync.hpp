@@ -49,6 +49,7 @@ struct Work
 	Phase phase;
 	char gid[kGidLength]; /* set before it is prepared */
 	int64 commit_until;	  /* BeginCommit() has sent it; until when to wait; 0: it has not */
+	bool cancelled;		  /* the user did not want to wait for the peer's commit */
 };
 
 /*
@@ -115,7 +116,8 @@ void Prepare(Work *const *works, int count, uint64 xid);
 /*
  * From the COMMIT callback: COMMIT or COMMIT PREPARED at the peer, quiet.  First
  * it is sent to every peer, then each answer is awaited, all of them within one
- * bound.  True when confirmed.
+ * bound.  True when confirmed.  When the wait was cancelled it is not, and
+ * work->cancelled says so: somebody has to tell the user.
  */
 void BeginCommit(Work *work);
 bool Commit(Work *work);

@@ -15,6 +15,7 @@ namespace
 {
 
 constexpr int kEndTimeout = 500;	 /* ms: bound of the attempt to end a session at the peer */
+constexpr int kSlice = 100;			 /* ms: until it is noticed that the user has given up */
 constexpr int kGoodbyeTimeout = 100; /* ms: a session that is told to end ends sooner */
 
 /* The monotonic clock in milliseconds. */
@@ -58,9 +59,26 @@ PollUntil(int socket, short events, int64 until)
 	}
 }
 
+/* The same, and false when the user has given up: he cancels or terminates. */
+bool
+PollForUser(int socket, short events, int64 until)
+{
+	for (;;)
+	{
+		int64 slice = Min(until, MonotonicMs() + kSlice);
+
+		if (PollUntil(socket, events, slice))
+			return true;
+		if (slice == until || QueryCancelPending || ProcDiePending)
+			return false;
+	}
+}
+
+using Poll = bool (*)(int socket, short events, int64 until);
+
 /* Wait until a result can be had without blocking; false when the time is up. */
 bool
-Arrived(PGconn *conn, int64 until)
+Arrived(PGconn *conn, int64 until, Poll poll)
 {
 	while (PQisBusy(conn))
 	{
@@ -68,7 +86,7 @@ Arrived(PGconn *conn, int64 until)
 
 		if (unsent < 0 || PQsocket(conn) < 0)
 			return true;
-		if (!PollUntil(PQsocket(conn), POLLIN | (unsent > 0 ? POLLOUT : 0), until))
+		if (!poll(PQsocket(conn), POLLIN | (unsent > 0 ? POLLOUT : 0), until))
 			return false;
 		if (PQconsumeInput(conn) == 0)
 			return true;
@@ -88,12 +106,12 @@ TagMatches(const char *tag, const char *sql)
 
 /* Collect the results of the commands that were sent; true when all succeeded as asked. */
 bool
-Confirmed(PGconn *conn, const char *sql, int64 until)
+Confirmed(PGconn *conn, const char *sql, int64 until, Poll poll)
 {
 	int results = 0;
 	bool good = true;
 
-	while (Arrived(conn, until))
+	while (Arrived(conn, until, poll))
 	{
 		PGresult *res = PQgetResult(conn);
 
@@ -181,11 +199,11 @@ SendQuietly(PGconn *conn, const char *sql)
 	return Hushed([&] { return PQsendQuery(conn, sql) == 1 && PQflush(conn) >= 0; });
 }
 
-/* Wait for the end of what was sent; true when the peer confirmed it. */
+/* Wait for the end of what was sent, or of the user's patience; true when the peer confirmed it. */
 bool
 FinishQuietly(PGconn *conn, const char *sql, int64 until)
 {
-	return Hushed([&] { return Confirmed(conn, sql, until); });
+	return Hushed([&] { return Confirmed(conn, sql, until, PollForUser); });
 }
 
 /* Run one simple command (or several) in at most timeout_ms; true when the peer confirmed it. */
@@ -194,7 +212,7 @@ ExecQuietly(PGconn *conn, const char *sql, int timeout_ms)
 {
 	int64 until = QuietDeadline(timeout_ms);
 
-	return SendQuietly(conn, sql) && FinishQuietly(conn, sql, until);
+	return SendQuietly(conn, sql) && Hushed([&] { return Confirmed(conn, sql, until, PollUntil); });
 }
 
 /* The peer's session is gone when its end of the socket is closed. */
@@ -239,7 +257,7 @@ EndSession(PGconn *conn, bool only_waiting)
 			 PQbackendPID(conn), only_waiting ? kWaiting : "");
 	if (PollStanding(beside, until) && PQsetnonblocking(beside, 1) == 0 &&
 		PQsendQuery(beside, sql) == 1)
-		(void) Confirmed(beside, sql, until);
+		(void) Confirmed(beside, sql, until, PollUntil);
 	PQfinish(beside);
 }
 

@@ -126,7 +126,8 @@ SubAbort(Work *work, int nest_level)
 	snprintf(sql, sizeof(sql), "ROLLBACK TO SAVEPOINT s%d; RELEASE SAVEPOINT s%d", nest_level,
 			 nest_level);
 	MMREPL_CRASH_POINT("sync-savepoint-undoing");
-	if (Usable(work) && connection::ExecQuietly(work->conn, sql, QuietTimeout()))
+	if (Usable(work) && connection::SendQuietly(work->conn, sql) &&
+		connection::FinishQuietly(work->conn, sql, connection::QuietDeadline(QuietTimeout())))
 	{
 		work->remote_level = nest_level - 1;
 		work->release_level = 0;
@@ -170,7 +171,8 @@ BeginCommit(Work *work)
 }
 
 /*
- * Wait for the peer's answer to BeginCommit(); true when it was confirmed.
+ * Wait for the peer's answer to BeginCommit(); true when it was confirmed.  A
+ * cancel ends the wait, not the commit.
  * Anything else leaves it in doubt, and the worker completes it.  A slow COMMIT
  * is not disturbed: it may be waiting for a standby of the peer, which it would
  * then not do any more.  But a session that never got it would keep its locks,
@@ -186,6 +188,7 @@ Commit(Work *work)
 		MMREPL_CRASH_POINT("two-phase-committing");
 	if (work->commit_until == 0 || !connection::FinishQuietly(work->conn, sql, work->commit_until))
 	{
+		work->cancelled = QueryCancelPending || ProcDiePending;
 		if (IsHeld(work))
 			connection::EndSession(work->conn, true);
 		Drop(work, work->parts);

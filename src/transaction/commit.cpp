@@ -259,6 +259,26 @@ SettleAll(queue::Fate fate)
 	CallRecovery();
 }
 
+/*
+ * The user did not want to wait for a peer's commit: he is told what that means,
+ * and the cancel has had its effect.  All is settled by now.
+ */
+static void
+TellCancelled()
+{
+	for (Work *work = current.works; work != NULL; work = work->next)
+	{
+		if (work->inlined == NULL || !work->inlined->cancelled)
+			continue;
+		QueryCancelPending = false;
+		ereport(WARNING,
+				(errcode(ERRCODE_QUERY_CANCELED),
+				 errmsg("the commit at server \"%s\" was not waited for", work->route.server_name),
+				 errdetail("The transaction is committed here; the worker completes it there."),
+				 errhint("See mmrepl.in_doubt.")));
+	}
+}
+
 /* Whom to wake when the transaction has released everything. */
 static struct
 {
@@ -331,7 +351,10 @@ AfterEnd(queue::Fate fate)
 		SettleAll(fate);
 		MMREPL_CRASH_POINT("commit-ticket-settled");
 		if (fate == queue::Fate::Committed)
+		{
 			AddPairCounts();
+			TellCancelled();
+		}
 	}
 	if (current.late != NULL)
 		EndLateCommit(*current.late);
