@@ -120,6 +120,25 @@ section 'search_path of a trigger at the receiver' => sub {
 	  foreach ('plain', 'with_array');
 };
 
+# With array_nulls = off at the receiver a NULL in an array became the text "NULL", or
+# was refused.
+section 'NULL in an array' => sub {
+	$alpha->create_table_on_both($beta, 'CREATE TABLE nulls (id int PRIMARY KEY, a int[], b text[])');
+	$alpha->create_pair('nulls', 'beta');
+	$_->append_conf('postgresql.conf',
+		"array_nulls = off\ndatestyle = 'german'\nextra_float_digits = -5")
+	  foreach ($alpha, $beta);
+	$_->reload foreach ($alpha, $beta);
+	here(q{SET array_nulls = on; INSERT INTO nulls VALUES (1, '{1,NULL}', '{a,NULL,"NULL"}')});
+	synced();
+	is(there(q{SELECT a[2] IS NULL AND b[2] IS NULL AND b[3] = 'NULL' FROM nulls}),
+		't', 'it arrives as what it is');
+	$_->append_conf('postgresql.conf',
+		"array_nulls = on\ndatestyle = 'ISO'\nextra_float_digits = 1")
+	  foreach ($alpha, $beta);
+	$_->reload foreach ($alpha, $beta);
+};
+
 # The message of a lost race for a key was made of memory that was given back.
 section 'the context of a lost race' => sub {
 	$alpha->create_table_on_both($beta,

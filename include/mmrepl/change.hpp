@@ -215,7 +215,7 @@ void TruncateSegment(Segment *segment, uint32 length, uint32 changes);
 
 /*
  * The settings under which text forms are made and read (ISO dates, shortest
- * exact floats, hex bytea, empty search_path): Begin returns a GUC nest level
+ * exact floats, hex bytea, NULL in arrays, no user's schema in search_path): Begin returns a GUC nest level
  * for End.  An error in between is undone by the transaction's abort.
  */
 int BeginTextFormat();
