@@ -7,7 +7,9 @@
  * transaction while somebody stands there gives its own connection up; one that
  * sits idle at its client is asked to, by the signal with which the server wakes
  * idle sessions to read invalidations: it runs an empty transaction, and that one's
- * end is such an end.  A place that is free goes to the first in line.
+ * end is such an end.  A place that is free goes to the first in line.  Whoever
+ * has got one may keep it for some milliseconds: else each transaction of many
+ * would have to connect.
  *
  * The LWLock `places` guards everything but the words that are atomic.
  */
@@ -24,6 +26,7 @@ namespace
 
 constexpr int kPools = shmem::kMaxStreams;
 constexpr long kAskAgain = 1000; /* ms: somebody may have become idle without being seen */
+constexpr int kLease = 20;		 /* ms: that a place may be kept at least */
 
 /* The connections of one server and owner. */
 struct Pool
@@ -42,6 +45,7 @@ struct Seat
 	pg_atomic_uint64 idle; /* mask of pools: its connection has no transaction open */
 	uint64 held;		   /* mask of pools */
 	uint64 asked;		   /* mask of pools: it was woken to give the place up */
+	TimestampTz since;	   /* it got its newest place */
 	int wanted;			   /* the pool that it stands in line for; -1: none */
 	uint64 turn;		   /* lower ones come first */
 	pg_atomic_uint32 granted;
@@ -142,6 +146,23 @@ LeaveLine(Seat *seat)
 	seat->wanted = -1;
 }
 
+/* Whether the process may keep its places for now. */
+bool
+HasLease(const Seat &seat)
+{
+	return !TimestampDifferenceExceeds(seat.since, GetCurrentTimestamp(), kLease);
+}
+
+/* Whoever is the first in line now asks the idle ones. */
+void
+WakeFirst(int pool)
+{
+	Seat *first = pg_atomic_read_u32(&shared->pools[pool].waiting) > 0 ? FirstInLine(pool) : NULL;
+
+	if (first != NULL)
+		SetLatch(first->latch);
+}
+
 /* Give the pool's free places to the first in line. */
 void
 ServeLine(int index)
@@ -157,9 +178,11 @@ ServeLine(int index)
 			return;
 		LeaveLine(seat);
 		seat->held |= Bit(index);
+		seat->since = GetCurrentTimestamp();
 		pool.held++;
 		pg_atomic_write_u32(&seat->granted, 1);
 		SetLatch(seat->latch);
+		WakeFirst(index);
 	}
 }
 
@@ -175,21 +198,35 @@ StandInLine(Seat *seat, int pool)
 	ServeLine(pool);
 }
 
-/* Let an idle session that was not asked yet give its place up; any idle one, with `again`. */
-int
-PickIdle(int pool, bool again)
+/*
+ * Ask an idle session that was not asked yet to give its place up; with
+ * `everyone` all of them.  True: it pays to look again when leases are over.
+ */
+bool
+AskIdle(int pool, bool everyone)
 {
+	bool leased = false;
+
 	for (int i = 0; i < MaxBackends; i++)
 	{
 		Seat &seat = shared->seats[i];
 
-		if (!(seat.held & pg_atomic_read_u64(&seat.idle) & Bit(pool)) ||
-			(!again && (seat.asked & Bit(pool))))
+		if (!(seat.held & Bit(pool)))
+			continue;
+		if (HasLease(seat))
+		{
+			leased = true;
+			continue;
+		}
+		if (!(pg_atomic_read_u64(&seat.idle) & Bit(pool)) ||
+			(!everyone && (seat.asked & Bit(pool))))
 			continue;
 		seat.asked |= Bit(pool);
-		return seat.pid;
+		WakeIdleSession(seat.pid);
+		if (!everyone)
+			return false;
 	}
-	return 0;
+	return leased;
 }
 
 /* ---- waiting ---- */
@@ -198,24 +235,23 @@ PickIdle(int pool, bool again)
 bool
 WaitInLine(Seat *seat, int pool, TimestampTz deadline)
 {
-	bool again = false;
+	bool everyone = false;
 
 	while (pg_atomic_read_u32(&seat->granted) == 0)
 	{
 		long left = Remaining(deadline);
-		int idle = Locked([&] {
+		bool leased = Locked([&] {
 			ServeLine(pool); /* the bound may have been raised */
-			return seat->wanted == pool ? PickIdle(pool, again) : 0;
+			return FirstInLine(pool) == seat && AskIdle(pool, everyone);
 		});
+		long longest = leased ? kLease : kAskAgain;
 
 		if (left == 0)
 			return false;
-		if (idle != 0)
-			WakeIdleSession(idle);
 		int happened = WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-								 left < 0 ? kAskAgain : Min(left, kAskAgain), PeerWaitEvent());
+								 left < 0 ? longest : Min(left, longest), PeerWaitEvent());
 
-		again = happened & WL_TIMEOUT;
+		everyone = !leased && (happened & WL_TIMEOUT);
 		ResetLatch(MyLatch);
 		CHECK_FOR_INTERRUPTS();
 	}
@@ -255,7 +291,8 @@ LeaveAll(int, Datum)
 			shared->pools[pool].held--;
 			ServeLine(pool);
 		}
-		seat.held = 0;
+		seat.held = seat.asked = 0;
+		pg_atomic_write_u64(&seat.idle, 0);
 	});
 }
 
@@ -303,7 +340,11 @@ LeavePlace(int place)
 	if (place < 0)
 		return;
 	Locked([&] {
-		LeaveLine(&seat);
+		if (seat.wanted >= 0)
+		{
+			LeaveLine(&seat);
+			WakeFirst(place);
+		}
 		seat.asked &= ~Bit(place);
 		pg_atomic_fetch_and_u64(&seat.idle, ~Bit(place));
 		if (seat.held & Bit(place))
@@ -335,7 +376,8 @@ RestPlace(int place)
 		return false;
 	return Locked([&] {
 		int excess = shared->bound == 0 ? 0 : Max(pool.held - shared->bound, 0);
-		bool wanted = (int) pg_atomic_read_u32(&pool.waiting) + excess > pool.leaving;
+		int waiting = HasLease(seat) ? 0 : (int) pg_atomic_read_u32(&pool.waiting);
+		bool wanted = waiting + excess > pool.leaving;
 
 		seat.asked &= ~Bit(place);
 		pool.leaving += wanted;
