@@ -173,13 +173,12 @@ OpenEntry(Entry *entry, TimestampTz deadline, Failure *failure)
 {
 	Target *target = ResolveEntry(entry);
 	auto give_up = [&] { CloseEntry(entry); };
+	int place; /* the entry's only when it was got */
 
-	if (!TakePlace(entry->key.server, entry->key.owner, target->server_name, deadline,
-				   &entry->place, failure))
-	{
-		entry->place = -1;
+	if (!TakePlace(entry->key.server, entry->key.owner, target->server_name, deadline, &place,
+				   failure))
 		return false;
-	}
+	entry->place = place;
 	Guarded(
 		[&] {
 			entry->conn = Open(target, Min(deadline, DeadlineIn(guc::connect_timeout)), failure);

@@ -335,10 +335,10 @@ TakePlace(Oid server, Oid owner, const char *server_name, TimestampTz deadline, 
 void
 LeavePlace(int place)
 {
-	Seat &seat = Mine();
-
 	if (place < 0)
 		return;
+	Seat &seat = Mine();
+
 	Locked([&] {
 		if (seat.wanted >= 0)
 		{
