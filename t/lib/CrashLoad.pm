@@ -245,6 +245,7 @@ sub two_phases_with
 	my ($self, $side, $fault) = @_;
 	my $node = $self->{nodes}->[$side];
 
+	forget_fault($node, $fault);
 	# At the first try the fence may still be closed.  The node's own fault may
 	# fire now.
 	until_true(
@@ -254,7 +255,6 @@ sub two_phases_with
 				. "INSERT INTO slog VALUES ($side, -$self->{next}, 0)");
 			return fired($node, $fault);
 		}) or fail($node->name . " comes to $fault");
-	forget_fault($node, $fault) if fired($node, $fault);
 	return;
 }
 
