@@ -54,7 +54,7 @@ struct Outgoing
 	Place place;			/* rows > 0: chunks were written */
 	StringInfoData payload; /* of the head row, made by PrepareHead */
 	uint64 entry;			/* ring position of the entry + 1; 0: not in the ring */
-	uint32 counted_bytes;
+	uint64 counted_bytes;
 	bool copy;		/* resync()'s copy of the tables */
 	bool delivered; /* settled as being at the peer */
 };
@@ -107,7 +107,7 @@ struct Ref
 	uint16 flags;
 	uint32 table;
 	uint32 changes;
-	uint32 bytes;
+	uint64 bytes;
 };
 
 /*

@@ -99,8 +99,7 @@ RefOf(uint32 table, const Row &row, const ItemPointerData &tid)
 	ref.changes = row.changes;
 	ref.bytes = row.payload_length;
 	if (row.flags & kChunked)
-		ref.bytes =
-			(uint32) Min(ReadPlace(row.payload, row.payload_length).bytes, (uint64) PG_UINT32_MAX);
+		ref.bytes = ReadPlace(row.payload, row.payload_length).bytes;
 	return ref;
 }
 

@@ -158,11 +158,11 @@ PrepareHead(Outgoing *out, change::Segment *first, MemoryContext context)
 	{
 		out->flags |= kChunked;
 		PutPlace(&out->payload, out->place);
-		out->counted_bytes = (uint32) Min(out->place.bytes, (uint64) PG_UINT32_MAX);
+		out->counted_bytes = out->place.bytes;
 		return;
 	}
 	PutSegments(&out->payload, first);
-	out->counted_bytes = (uint32) out->payload.len;
+	out->counted_bytes = (uint64) out->payload.len;
 }
 
 /* Write the header of so many bytes, the short one if it can be; returns its size. */

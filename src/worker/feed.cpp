@@ -74,7 +74,7 @@ TransactionFlags(uint16 queue_flags)
 
 /* Account for a transaction that goes into the shipment. */
 static void
-Count(Feed *feed, Shipment *shipment, uint64 ticket, uint16 flags, uint32 changes, uint32 bytes)
+Count(Feed *feed, Shipment *shipment, uint64 ticket, uint16 flags, uint32 changes, uint64 bytes)
 {
 	if (shipment->transactions++ == 0)
 		shipment->first_ticket = ticket;
@@ -203,7 +203,7 @@ static bool
 TakeEntry(Feed *feed, Shipment *shipment, const queue::RingEntry *entry, const Budget &budget)
 {
 	const char *payload = queue::EntryPayload(entry);
-	uint32 bytes = entry->payload_length;
+	uint64 bytes = entry->payload_length;
 
 	if (entry->flags & queue::kTombstone)
 	{
@@ -218,7 +218,7 @@ TakeEntry(Feed *feed, Shipment *shipment, const queue::RingEntry *entry, const B
 
 		if (!TakeChunked(feed, shipment, place, waiting, budget))
 			return false;
-		bytes = (uint32) Min(place.bytes, (uint64) PG_UINT32_MAX);
+		bytes = place.bytes;
 	}
 	else
 	{
