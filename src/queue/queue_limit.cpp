@@ -8,6 +8,7 @@
  * is delivered.  It needs no worker for that.  From then on nothing is queued for
  * the stream, until resync() copies its tables.
  */
+#include "mmrepl/fault.hpp"
 #include "queue_internal.hpp"
 
 namespace mmrepl::queue
@@ -73,6 +74,7 @@ SetDiscarded(shmem::Stream &stream, uint64 discarded)
 		shmem::SetToZero(stream.acked, stream.queued_transactions, stream.queued_changes,
 						 stream.queued_bytes, stream.oldest_ticket, stream.copy_ticket,
 						 stream.warned_at);
+		MMREPL_CRASH_POINT("give-up-counts-cleared");
 	}
 	pg_atomic_write_u64(&stream.discarded, discarded);
 	SpinLockAcquire(&stream.mutex);
@@ -94,12 +96,19 @@ CountOldBacklog(shmem::Stream &stream)
 
 	if (!pg_atomic_compare_exchange_u32(&stream.backlog_counted, &not_counted, 1))
 		return;
-	Guarded(
+	bool counted = false;
+
+	EnsuredAtExit(
 		[&] {
 			CountBacklog(stream.id, Max(confirmed, discarded), stream.registered_after,
 						 &transactions, &changes, &bytes, &oldest, &oldest_bytes);
+			MMREPL_FAULT_POINT("give-up-backlog-read");
+			counted = true;
 		},
-		[&] { pg_atomic_write_u32(&stream.backlog_counted, 0); });
+		[&] {
+			if (!counted)
+				pg_atomic_write_u32(&stream.backlog_counted, 0);
+		});
 	pg_atomic_fetch_add_u64(&stream.queued_transactions, (int64) transactions);
 	pg_atomic_fetch_add_u64(&stream.queued_changes, (int64) changes);
 	pg_atomic_fetch_add_u64(&stream.queued_bytes, (int64) bytes);
@@ -115,7 +124,9 @@ NoteCopy(shmem::Stream &stream, uint64 ticket, uint64 bytes)
 {
 	pg_atomic_write_u64(&stream.copy_bytes, bytes);
 	pg_write_barrier();
+	MMREPL_CRASH_POINT("resync-copy-noting");
 	pg_atomic_write_u64(&stream.copy_ticket, ticket);
+	MMREPL_CRASH_POINT("resync-copy-noted");
 }
 
 /* Bytes that wait for the stream, and that the limit is for. */
@@ -266,11 +277,13 @@ GiveUp(int32 stream, const char *server, bool wait)
 
 	if (!catalog::LockStreamRow(stream, wait))
 		return false;
+	MMREPL_FAULT_POINT("give-up-row-locked");
 	reason = psprintf("more than \"mmrepl.max_queue_size\" (%d kB) would have waited\n"
 					  "HINT:  When the server is reached again, SELECT mmrepl.resync(%s).",
 					  guc::max_queue_size, quote_literal_cstr(server));
 	if (!catalog::SetNeedsResync(stream, reason))
 		return false;
+	MMREPL_FAULT_POINT("give-up-row-written");
 	ereport(WARNING,
 			(errcode(ERRCODE_MMREPL_NEEDS_RESYNC),
 			 errmsg("server \"%s\" needs a resync: changes are not queued for it any more", server),

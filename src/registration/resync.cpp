@@ -10,6 +10,7 @@
 #include "registration_internal.hpp"
 
 #include "mmrepl/capture.hpp"
+#include "mmrepl/fault.hpp"
 #include "mmrepl/queue.hpp"
 #include "mmrepl/shmem.hpp"
 #include "mmrepl/transaction.hpp"
@@ -155,8 +156,10 @@ LockAll(const catalog::StreamRow *stream, const char *server, uint64 *last)
 			return tables;
 		foreach(cell, tables)
 			LockTable(((const CopiedTable *) lfirst(cell))->table);
+		MMREPL_FAULT_POINT("resync-tables-locked");
 		(void) catalog::LockStreamRow(stream->id, true);
 		*last = queue::LastDrawn();
+		MMREPL_FAULT_POINT("resync-ticket-read");
 		if (tables == NIL)
 			return tables;
 	}
@@ -176,12 +179,15 @@ CopyTables(const List *tables, const char *server, bool truncate)
 		if (item->copied && truncate)
 			capture::CaptureTruncate(item->table, item->pair_id, server);
 	}
+	if (truncate)
+		MMREPL_FAULT_POINT("resync-emptied");
 	foreach(cell, tables)
 	{
 		const CopiedTable *item = (const CopiedTable *) lfirst(cell);
 
 		if (item->copied)
 			rows += capture::CopyTable(item->table, item->pair_id, server);
+		MMREPL_FAULT_POINT("resync-table-copied");
 	}
 	return rows;
 }
@@ -211,6 +217,7 @@ Resync(const catalog::StreamRow *stream, const char *server, bool truncate)
 	if (!catalog::SetResynced(stream->id, last))
 		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 						errmsg("replication stream %d was dropped meanwhile", stream->id)));
+	MMREPL_FAULT_POINT("resync-row-written");
 	return CopyQueued(tables, server, truncate);
 }
 
@@ -277,6 +284,7 @@ SqlResync(FunctionCallInfo fcinfo)
 				 errhint("With truncate => true its tables are emptied first.")));
 	WakeLauncher();
 	WakeWorkers();
+	MMREPL_FAULT_POINT("resync-done");
 	PG_RETURN_INT64(rows);
 }
 

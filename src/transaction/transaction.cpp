@@ -217,7 +217,10 @@ UndoTo(Work *work, int level)
 	}
 	/* What was too large is undone, and with it all that has been left out since. */
 	if (work->too_large && work->too_large_level >= level)
+	{
 		work->too_large = false;
+		MMREPL_CRASH_POINT("give-up-cut-undone");
+	}
 	/* With the locks of what is undone nobody keeps resync() away any more. */
 	work->ask_again |= work->given_up && !work->too_large;
 	if (work->sync && work->sync_level >= level)
@@ -285,6 +288,7 @@ SpillWork(Work *work)
 	{
 		work->given_up = work->too_large = true;
 		work->too_large_level = GetCurrentTransactionNestLevel();
+		MMREPL_FAULT_POINT("give-up-cut-off");
 		return;
 	}
 	MMREPL_FAULT_POINT("spill-begin");

@@ -5,6 +5,7 @@
 #include "transaction_internal.hpp"
 
 #include "mmrepl/catalog.hpp"
+#include "mmrepl/fault.hpp"
 
 namespace mmrepl::transaction
 {
@@ -22,6 +23,7 @@ RefuseSync(Work *work, const Route &route)
 				 errdetail("Too much was waiting for it."),
 				 errhint("SELECT mmrepl.resync(%s);", quote_literal_cstr(route.server_name))));
 	work->degraded = true;
+	MMREPL_FAULT_POINT("give-up-sync-degraded");
 	ereport(NOTICE, (errmsg("server \"%s\" needs a resync: the transaction's changes for it are "
 							"not queued",
 							route.server_name)));
@@ -51,6 +53,7 @@ FollowResyncAtCommit(int32 stream, int slot, bool copying)
 					 errhint("Call mmrepl.resync() in a transaction of its own.")));
 		work->out.copy = true; /* all that it had captured is undone */
 		work->given_up = work->ask_again = work->too_large = false;
+		MMREPL_FAULT_POINT("resync-work-copies");
 	}
 	Resync *resync = (Resync *) MemoryContextAllocZero(TopTransactionContext, sizeof(Resync));
 
@@ -62,13 +65,20 @@ FollowResyncAtCommit(int32 stream, int slot, bool copying)
 	resync->next = current.resyncs;
 	current.resyncs = resync;
 	WakeStreamAtEnd(slot);
+	if (copying)
+		MMREPL_FAULT_POINT("resync-followed");
+	else
+		MMREPL_FAULT_POINT("give-up-followed");
 }
 
 void
 MergeResyncs(int level)
 {
 	for (Resync *resync = current.resyncs; resync != NULL; resync = resync->next)
+	{
 		resync->level = Min(resync->level, level - 1);
+		MMREPL_CRASH_POINT("resync-savepoint-merged");
+	}
 }
 
 /*
@@ -80,12 +90,16 @@ UndoResyncs(int level)
 {
 	for (Resync *resync = current.resyncs; resync != NULL; resync = resync->next)
 		if (resync->level >= level)
+		{
 			resync->copying = false;
+			MMREPL_CRASH_POINT("resync-savepoint-undone");
+		}
 	for (Work *work = current.works; work != NULL; work = work->next)
 		if (work->out.copy && CopyOf(work->route.stream) == NULL)
 		{
 			work->out.copy = false;
 			work->given_up = work->ask_again = true;
+			MMREPL_CRASH_POINT("resync-work-undone");
 		}
 }
 
@@ -108,6 +122,7 @@ GiveUpPart(Work *work, bool wait)
 	work->out.changes = 0;
 	work->out.place = {};
 	InContext(current.context, [&] { initStringInfo(&work->out.payload); });
+	MMREPL_FAULT_POINT("give-up-tombstone-made");
 	return true;
 }
 
@@ -127,6 +142,10 @@ ReadResyncs(bool prepare)
 	{
 		(void) catalog::LockStreamRow(resync->stream, true);
 		resync->discarded = catalog::ReadStreamRow(resync->stream, &row) ? row.DiscardedUpTo() : 0;
+		if (resync->discarded == shmem::kNeedsResync)
+			MMREPL_FAULT_POINT("give-up-row-read");
+		else
+			MMREPL_FAULT_POINT("resync-row-read");
 	}
 }
 
@@ -138,8 +157,17 @@ PublishResyncs()
 	{
 		shmem::Stream &stream = shmem::Get().streams[resync->slot];
 
-		if (stream.epoch == resync->epoch)
-			queue::SetDiscarded(stream, resync->discarded);
+		if (stream.epoch != resync->epoch)
+			continue;
+		if (resync->discarded == shmem::kNeedsResync)
+			MMREPL_CRASH_POINT("give-up-visible");
+		else
+			MMREPL_CRASH_POINT("resync-visible");
+		queue::SetDiscarded(stream, resync->discarded);
+		if (resync->discarded == shmem::kNeedsResync)
+			MMREPL_CRASH_POINT("give-up-published");
+		else
+			MMREPL_CRASH_POINT("resync-published");
 	}
 }
 

@@ -143,6 +143,8 @@ ResetFeed(Feed *feed, uint64 watermark)
 	RequireSourceNotRewound(feed, watermark);
 	queue::Acknowledged(*feed->shared, watermark);
 	ReadAgain(feed, Max(Max(pg_atomic_read_u64(&feed->shared->confirmed), watermark), discarded));
+	if (discarded > watermark)
+		MMREPL_FAULT_POINT("resync-feed-begun");
 	feed->watermark = watermark;
 	feed->from_tables = true;
 	feed->late_unremoved = 0;

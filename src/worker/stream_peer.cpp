@@ -107,6 +107,7 @@ FollowResync(Session *session)
 		row.DiscardedUpTo() == pg_atomic_read_u64(&session->shared->discarded))
 		return;
 	queue::SetDiscarded(*session->shared, row.DiscardedUpTo());
+	MMREPL_FAULT_POINT("give-up-row-followed");
 }
 
 /*

@@ -103,8 +103,8 @@ RestFromDelivery(Session *session)
 {
 	if (session->resting && session->conn == NULL)
 		return;
-	session->resting = true;
 	DropPeer(session);
+	MMREPL_FAULT_POINT("give-up-peer-dropped");
 	session->failures = 0;
 	session->retry_at = 0;
 	session->rest_is_due = true;
@@ -120,6 +120,8 @@ RestFromDelivery(Session *session)
 					"waited\nHINT:  See resync_reason.");
 	ereport(LOG,
 			(errmsg("mmrepl: stream %d needs a resync, nothing is delivered", session->stream)));
+	MMREPL_FAULT_POINT("give-up-resting");
+	session->resting = true; /* not before: an error has to be followed by all of this */
 }
 
 /* ---- upkeep ---- */
@@ -145,6 +147,8 @@ Upkeep(Session *session)
 	bool left = false;
 
 	InTransaction([&] { left = queue::Rotate(); });
+	if (session->rest_is_due)
+		MMREPL_FAULT_POINT("give-up-rotated");
 	session->rest_is_due = left && GivenUp(session);
 	SetLatch(MyLatch); /* a wait for a table's lock may have swallowed a wake-up */
 	session->persisted = confirmed;
@@ -293,6 +297,8 @@ Round(Session *session)
 		Resolve(session);
 		return;
 	}
+	if (session->resting)
+		MMREPL_FAULT_POINT("resync-rest-ends");
 	session->resting = false;
 	if (session->conn != NULL && !Receive(session))
 		return;

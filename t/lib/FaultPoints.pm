@@ -19,6 +19,10 @@ use Time::HiRes qw(usleep);
 our @EXPORT = qw(fault_points arm_fault disarm_faults fired await_fault
   release_fault forget_fault bring_back comes_back is_down until_true query);
 
+# Names of the points on the way by which a queue is given up, and of resync(): they
+# are the business of t/fault/311_give_up.pl, all others that of 305_every_point.pl.
+our $give_up = qr/^(?:give-up|resync)-/;
+
 # Poll code until it returns true, and return that; false when it takes too long.
 sub until_true
 {
