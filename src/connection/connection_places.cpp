@@ -326,9 +326,9 @@ TakePlace(Oid server, Oid owner, const char *server_name, TimestampTz deadline, 
 				[&] { LeavePlace(*place); });
 	if (granted)
 		return true;
-	FailCrowded(server_name, *place < 0, failure);
 	if (*place >= 0)
 		LeavePlace(*place);
+	FailCrowded(server_name, *place < 0, failure);
 	return false;
 }
 

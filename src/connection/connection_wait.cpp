@@ -105,11 +105,12 @@ MakeWaits(Notes *notes, int socket)
 		FreeWaitEventSet(notes->waits);
 	notes->waits = NULL;
 	notes->waits = NewWaitEventSet(3);
-	notes->waits_socket = socket;
+	notes->waits_socket = -1; /* until it is complete */
 	AddWaitEventToSet(notes->waits, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
 	AddWaitEventToSet(notes->waits, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
 	notes->waits_at =
 		AddWaitEventToSet(notes->waits, WL_SOCKET_READABLE, (pgsocket) socket, NULL, NULL);
+	notes->waits_socket = socket;
 }
 
 /* As WaitSocket(), on an open connection. */

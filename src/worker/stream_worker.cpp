@@ -189,8 +189,10 @@ LooksAt(const Session *session, TimestampTz now)
 
 	if (session->conn == NULL ? BackingOff(session) : !MayStart(session))
 		return shmem::kHeedless;
-	if (look <= now || session->conn == NULL || session->outstanding > 0 || feed.from_tables ||
-		LateWork(&feed) || queue::PeekRing(*session->shared, session->slot) != NULL)
+	/* Later than that it is only when the clock was set back. */
+	if (look <= now || look > now + kLookEvery || session->conn == NULL ||
+		session->outstanding > 0 || feed.from_tables || LateWork(&feed) ||
+		queue::PeekRing(*session->shared, session->slot) != NULL)
 		return 0;
 	return (uint64) look;
 }
