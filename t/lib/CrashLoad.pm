@@ -250,6 +250,7 @@ sub two_phases_with
 	# fire now.
 	until_true(
 		sub {
+			return fired($node, $fault) if firing($node, $fault); # who was killed is still ending
 			bring_back($node) if is_down($node);
 			query($node, "SET mmrepl.fault = '$fault'; SET mmrepl.two_phase = 'on'; "
 				. "INSERT INTO slog VALUES ($side, -$self->{next}, 0)");

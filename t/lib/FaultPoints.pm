@@ -16,7 +16,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(usleep);
 
-our @EXPORT = qw(fault_points arm_fault disarm_faults fired await_fault
+our @EXPORT = qw(fault_points arm_fault disarm_faults fired firing await_fault
   release_fault forget_fault bring_back comes_back is_down until_true query);
 
 # Names of the points on the way by which a queue is given up, and of resync(): they
@@ -99,6 +99,14 @@ sub disarm_faults
 	set_fault($node, '');
 	truncate($_, 0) || die "$_: $!" foreach glob(mark_of($node, '*'));
 	return;
+}
+
+# Whether it has fired, or is about to: it will not fire once more.
+sub firing
+{
+	my ($node, $fault) = @_;
+
+	return -s mark_of($node, $fault);
 }
 
 # The process in which it has fired, or an empty string.  Who was to be killed is
