@@ -26,8 +26,11 @@ UPDATE kv SET n = n + 1, mod_time = clock_timestamp() WHERE id = :id;' session_o
 	query a 'TRUNCATE kv_bulk'
 	catch_up >/dev/null
 	metric bulk_insert_bytes "$(calculate "$(wal_of query a 'INSERT INTO kv_bulk SELECT * FROM kv') / $BENCH_ROWS")"
-	query a 'UPDATE kv SET n = n + 1 WHERE id <= 20000'
-	metric bulk_update_bytes "$(calculate "$(wal_of query a 'UPDATE kv SET n = n + 1 WHERE id <= 20000') / 20000")"
+	# No row finds room in its own page, whatever ran before: heap-only updates in one system and others in another would
+	# differ by more than what is measured.
+	catch_up >/dev/null
+	query a 'VACUUM kv_bulk'
+	metric bulk_update_bytes "$(calculate "$(wal_of query a 'UPDATE kv_bulk SET n = n + 1 WHERE id <= 20000') / 20000")"
 	catch_up >/dev/null
 	compare kv kv_bulk
 }
