@@ -317,7 +317,7 @@ section 'the delay' => sub {
 				ON CONFLICT DO NOTHING;
 			END LOOP;
 		END $$;
-		SELECT max(ms) <= 42, min(ms) >= 15, count(DISTINCT round(ms, 1)) > 3 FROM delay});
+		SELECT max(ms) <= 40, min(ms) >= 20, count(DISTINCT round(ms, 1)) > 3 FROM delay});
 	is($delays, 't|t|t',
 		'it has a cap, a half of it at least, and is never the same twice');
 	$proxy->new_connections('pass');

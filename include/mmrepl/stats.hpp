@@ -43,6 +43,17 @@ void ForgetPair(Oid database, int32 pair_id);
 
 /* Set a stream's error fields (rate-limiting of the log is the worker's). */
 void SetError(shmem::Stream &stream, int sqlstate, const char *message);
+
+/* A failure of delivery, as the view has it: all of it or nothing is seen. */
+struct Setback
+{
+	TimestampTz at;
+	shmem::WorkerState state;
+	int failures; /* in a row */
+	TimestampTz next_retry_at;
+	uint64 blocked_ticket; /* 0: none */
+};
+void SetSetback(shmem::Stream &stream, int sqlstate, const char *message, const Setback &setback);
 void SetState(shmem::Stream &stream, shmem::WorkerState state);
 const char *StateName(shmem::WorkerState state);
 

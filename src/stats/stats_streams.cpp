@@ -62,19 +62,40 @@ CopyMessage(char *target, const char *message)
 	}
 }
 
+/* The error's part of the slot, whose spinlock is held; `text` is a whole buffer. */
+static void
+PutError(shmem::Stream &stream, int sqlstate, const char *text, TimestampTz at)
+{
+	memcpy(stream.last_error, text, shmem::kErrorLength);
+	memcpy(stream.last_error_sqlstate, unpack_sql_state(sqlstate),
+		   sizeof(stream.last_error_sqlstate));
+	stream.last_error_at = at;
+}
+
 void
 SetError(shmem::Stream &stream, int sqlstate, const char *message)
 {
 	char text[shmem::kErrorLength];
-	char code[sizeof(stream.last_error_sqlstate)];
 	TimestampTz now = GetCurrentTimestamp();
 
 	CopyMessage(text, message != NULL ? message : "");
-	strlcpy(code, unpack_sql_state(sqlstate), sizeof(code));
 	SpinLockAcquire(&stream.mutex);
-	memcpy(stream.last_error, text, sizeof(text));
-	memcpy(stream.last_error_sqlstate, code, sizeof(code));
-	stream.last_error_at = now;
+	PutError(stream, sqlstate, text, now);
+	SpinLockRelease(&stream.mutex);
+}
+
+void
+SetSetback(shmem::Stream &stream, int sqlstate, const char *message, const Setback &setback)
+{
+	char text[shmem::kErrorLength];
+
+	CopyMessage(text, message != NULL ? message : "");
+	SpinLockAcquire(&stream.mutex);
+	PutError(stream, sqlstate, text, setback.at);
+	stream.state = setback.state;
+	stream.consecutive_failures = setback.failures;
+	stream.next_retry_at = setback.next_retry_at;
+	stream.blocked_ticket = setback.blocked_ticket;
 	SpinLockRelease(&stream.mutex);
 }
 

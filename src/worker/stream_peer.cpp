@@ -238,7 +238,7 @@ EnsureConnected(Session *session)
 
 /* min << failures, up to max, of which a random half: no stampede when a peer returns. */
 static TimestampTz
-NextRetry(const Session *session)
+NextRetry(const Session *session, TimestampTz now)
 {
 	double delay = guc::retry_min_delay;
 
@@ -246,7 +246,7 @@ NextRetry(const Session *session)
 		delay *= 2;
 	delay = Min(delay, (double) guc::retry_max_delay);
 	delay *= 0.5 + 0.5 * pg_prng_double(&pg_global_prng_state);
-	return GetCurrentTimestamp() + (int64) (delay * 1000);
+	return now + (int64) (delay * 1000);
 }
 
 /* Whether the log may have one more line: a burst of ten, then one a minute. */
@@ -337,21 +337,14 @@ FailureText(const connection::Failure *failure)
 }
 
 static void
-PublishFailure(Session *session, const connection::Failure *failure, shmem::WorkerState state,
-			   uint64 blocked_ticket)
+PublishFailure(Session *session, const connection::Failure *failure, const stats::Setback &setback)
 {
 	shmem::Stream &stream = *session->shared;
 	char *text = FailureText(failure);
 
-	stats::SetError(stream, failure->sqlstate, text);
-	SpinLockAcquire(&stream.mutex);
-	stream.state = state;
-	stream.consecutive_failures = session->failures;
-	stream.next_retry_at = session->retry_at;
-	stream.blocked_ticket = blocked_ticket;
-	SpinLockRelease(&stream.mutex);
+	stats::SetSetback(stream, failure->sqlstate, text, setback);
 	pg_atomic_fetch_add_u64(&stream.counters.retries, 1);
-	LogFailure(session, failure->sqlstate, blocked_ticket, text);
+	LogFailure(session, failure->sqlstate, setback.blocked_ticket, text);
 	pfree(text);
 }
 
@@ -377,13 +370,15 @@ Fail(Session *session, const connection::Failure *failure, bool refused)
 		SetLatch(MyLatch); /* at once */
 		return;
 	}
+	TimestampTz now = GetCurrentTimestamp();
+
 	session->failures++;
-	session->retry_at = NextRetry(session);
+	session->retry_at = NextRetry(session, now);
 	if (permanent)
 		session->retry_at = connection::DeadlineIn(guc::retry_max_delay);
 	PublishFailure(session, failure,
-				   permanent ? shmem::WorkerState::Blocked : shmem::WorkerState::Retrying,
-				   permanent ? ticket : 0);
+				   {now, permanent ? shmem::WorkerState::Blocked : shmem::WorkerState::Retrying,
+					session->failures, session->retry_at, permanent ? ticket : 0});
 }
 
 void
