@@ -87,6 +87,15 @@ foreach my $rows (1, 10, 100, 10000)
 	  [ '÷ native-sync-flush\'s', "ms_$rows", 'native-sync-flush' ];
 }
 
+foreach my $kind (1, 2, 10, 'bulk')
+{
+	push @{ $columns{distance} },
+	  [
+		$kind eq 'bulk' ? '1 statement, 10000 rows' : "$kind statement" . ($kind > 1 ? 's' : ''),
+		"trips_$kind", 'median'
+	  ];
+}
+
 # What is drawn: what the axis says, the form, and the metrics with what is
 # written below their bars.
 my %plots = (
@@ -140,6 +149,7 @@ my @goals = (
 			map { [ 'w5', 'mmrepl-sync', "ms_$rows", $_, -1 ] }
 			  ('native-sync', 'native-sync-flush')
 		} (1, 10, 100, 10000)),
+	[ 'distance', 'mmrepl-sync', 'trips_bulk', 'median', -10 ],
 	[ 'w6', 'mmrepl', 'tps',       'native', 1 ],
 	[ 'w6', 'mmrepl', 'catchup_s', 'native', -1 ],
 	[ 'backlog', 'mmrepl', 'last_to_first', 'median', 0.9 ],

@@ -14,6 +14,8 @@
 #   system_leave          they are going to be stopped; may be called in any state
 #   system_session        options of a writing session, as in PGOPTIONS
 #   system_pause, system_resume   nothing is delivered in between
+#   system_connects_to    the node that its connections lead to
+#   system_route PORT     let them lead to this port instead
 
 # load_system NAME
 load_system()
@@ -29,6 +31,7 @@ load_system()
 	system_enter() { true; }
 	system_leave() { true; }
 	system_session() { true; }
+	system_connects_to() { echo b; }
 	# shellcheck source=/dev/null
 	source "$bench/systems/$1.sh"
 }

@@ -47,3 +47,8 @@ system_resume()
 {
 	query a "SELECT mmrepl.resume('target_1')" >/dev/null
 }
+
+system_route()
+{
+	query a "ALTER SERVER target_1 OPTIONS (SET port '$1')"
+}

@@ -45,3 +45,14 @@ system_resume()
 {
 	query b 'ALTER SUBSCRIPTION target_1 ENABLE'
 }
+
+# It is the target that connects.
+system_connects_to()
+{
+	echo a
+}
+
+system_route()
+{
+	query b "ALTER SUBSCRIPTION target_1 CONNECTION '$(ports[a]=$1 && conninfo a bench)'"
+}

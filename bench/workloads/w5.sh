@@ -13,9 +13,9 @@ workload_systems()
 	for name in "$@"; do
 		case $name in
 			none | none-again) echo "$name" ;;
-			mmrepl) echo mmrepl-sync ;;
+			mmrepl) printf '%s\n' mmrepl-sync mmrepl-sync-commit ;;
 			native) printf '%s\n' native-sync native-sync-flush ;;
-			*-sync | *-sync-flush) echo "$name" ;;
+			*-sync | *-sync-*) echo "$name" ;;
 		esac
 	done
 }
