@@ -108,6 +108,7 @@ section 'kill, where no error may be raised' => sub {
 	arm_fault($node, 'commit-visible:kill:1');
 	isnt($node->fails('postgres', 'INSERT INTO t VALUES (12)'), '', 'the session is gone');
 	comes_back($node);
+	# What answered was the server after its restart, not the one before it.
 	is($node->safe_psql('postgres', 'SELECT count(*) FROM t WHERE id = 12'), '1', 'it was committed');
 	is($node->fails('postgres', 'INSERT INTO t VALUES (13)'), '', 'it has fired once');
 	disarm_faults($node);

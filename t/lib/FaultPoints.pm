@@ -160,12 +160,27 @@ sub query
 	return $done ? $out : undef;
 }
 
+# Whether the postmaster knows of every process that a fault has killed: then what
+# answers after this is no server that is going to restart.
+sub knows_its_dead
+{
+	my ($node) = @_;
+
+	foreach my $mark (glob(mark_of($node, '*:kill:*')))
+	{
+		return 0 if slurp_file($mark) =~ /^(\d+)$/ && !is_gone($1);
+	}
+	return 1;
+}
+
 # Passes once the server answers: one that restarts itself is awaited, one that is
 # down, or goes down only now, is started.
 sub comes_back
 {
 	my ($node) = @_;
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	until_true(sub { knows_its_dead($node) });
 	my $back = until_true(
 		sub {
 			bring_back($node) if is_down($node);
@@ -183,14 +198,18 @@ sub is_down
 	return !defined $node->{_pid} || is_gone($node->{_pid});
 }
 
-# Whether a process is gone, if not yet waited for by whoever inherited it.
+# Whether a process is gone.  The child of a postmaster is not before its parent has
+# taken notice, others are when they are dead, whoever has inherited them.
 sub is_gone
 {
 	my ($pid) = @_;
 
 	return 1 unless kill(0, $pid);
 	open(my $stat, '<', "/proc/$pid/stat") or return 0;
-	return (<$stat> // '') =~ /\) [ZX] /;
+	my ($state, $parent) = (<$stat> // '') =~ /\) (\w) (\d+)/ or return 1;
+	return 0 unless $state =~ /[ZX]/;
+	open(my $comm, '<', "/proc/$parent/comm") or return 1;
+	return (<$comm> // '') !~ /^postgres/;
 }
 
 # Start a server whose postmaster was killed.  Its children may still be ending.
