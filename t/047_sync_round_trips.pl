@@ -87,9 +87,19 @@ $beta->safe_psql('postgres',
 trips_are(2, "$change WHERE id = 1", 'without it nobody is asked');
 $trips = round_trips(q{UPDATE account SET note = repeat('x', 1000)});
 cmp_ok($trips, '<', 20, "20 MB: $trips");
-$session->ok(q{SET mmrepl.sync_flush = 'commit'});
-cmp_ok(round_trips("BEGIN; $change WHERE id = 1; $change WHERE id = 2; $change WHERE id = 3; COMMIT"),
-	'<=', 2, q{sync_flush 'commit': no statement waits});
+
+# Without an answer to any of them.
+my ($mine) = grep { my $id = $_; !grep { $_ == $id } @worker } map { $_->{id} } $proxy->connections;
+$session->ok(q{SET mmrepl.sync_flush = 'commit'; BEGIN});
+$proxy->reset_counters;
+$proxy->hold(only => [$mine], from => 'server');
+$session->ok("$change WHERE id = $_") foreach (1 .. 5);
+$session->start('COMMIT');
+$proxy->release(only => [$mine]);
+(undef, $err) = $session->finish;
+is($err, '', 'all of them go through');
+is($proxy->round_trips(except => \@worker),
+	2, q{sync_flush 'commit': five statements, together, and the end});
 $session->quit;
 
 $alpha->wait_caught_up('beta');

@@ -109,6 +109,15 @@ PGconn *TryCached(Oid server, Oid owner, TimestampTz deadline, bool *fresh, Fail
 /* Close the cached connection (after a doubt); safe in abort and COMMIT callbacks. */
 void DropCached(Oid server, Oid owner);
 /*
+ * The same with an attempt to end its session at the peer, with what that executes
+ * or only if it waits for us: when EndDoomed() is called, which ends those of all
+ * such connections at the same time, in half a second at the most.  Neither
+ * raises.  After the first one the second must be called before the end of the
+ * (sub)transaction.
+ */
+void DoomCached(Oid server, Oid owner, bool only_waiting);
+void EndDoomed();
+/*
  * At the end of every transaction, when its locks are released: cached
  * connections that are not in use are given up if other sessions wait for one.
  * Raises nothing; waits some milliseconds for the end of a session there.
@@ -160,27 +169,24 @@ PGresult *TryExec(PGconn *conn, const char *sql, int n_params, const char *const
 bool WasLost(const PGconn *conn, const PGresult *res);
 
 /*
- * In a COMMIT or ABORT callback: run one simple command with a hard bound, no
- * interrupts, no ereport, no palloc.  True when the peer confirmed it, which
- * means for the first command that its tag is what sql starts with: a COMMIT
- * that is answered with ROLLBACK was not confirmed.
- */
-bool ExecQuietly(PGconn *conn, const char *sql, int timeout_ms);
-
-/*
- * The halves of it, so that several peers work at the same time: send, and wait
- * until `until`, a time of QuietDeadline(), or a little after the user has
- * cancelled the statement or terminated the session; with the same sql.
+ * In a COMMIT or ABORT callback, with a hard bound, no interrupts, no ereport, no
+ * palloc: send a simple command or several, and wait until `until`, a time of
+ * QuietDeadline(), or a little after the user has cancelled the statement or
+ * terminated the session.  In halves, so that several peers work at the same time;
+ * both get the same sql.  True when the peer confirmed it, which means for the
+ * first command that its tag is what sql starts with: a COMMIT that is answered
+ * with ROLLBACK was not confirmed.
  */
 int64 QuietDeadline(int timeout_ms);
 bool SendQuietly(PGconn *conn, const char *sql);
 bool FinishQuietly(PGconn *conn, const char *sql, int64 until);
 
 /*
- * Try to end the peer's session of a connection that is given up, with what it
- * executes or only if it waits for us; bounded by half a second, no ereport.
+ * The same in a pipeline of which `syncs` parts have not ended: queue a command
+ * behind them as another part, and leave the pipeline when all have ended.
  */
-void EndSession(PGconn *conn, bool only_waiting);
+bool AppendQuietly(PGconn *conn, const char *sql);
+bool DrainQuietly(PGconn *conn, int syncs, int64 until);
 
 /* Translate a failed result (or the connection's error when res is NULL). */
 void Describe(PGconn *conn, const PGresult *res, Failure *failure);

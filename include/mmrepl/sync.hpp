@@ -36,19 +36,20 @@ struct Work
 	Oid server;
 	Oid owner;
 	const char *server_name;
-	PGconn *conn;	   /* NULL until the first flush; the session's cached connection */
-	bool begun;		   /* a remote transaction is open, or was and is lost (broken) */
-	bool broken;	   /* the remote transaction cannot be used any more: commit must fail */
-	int remote_level;  /* nest level that the peer is at: 1 = no savepoint */
-	uint32 parts;	   /* batches sent so far */
+	PGconn *conn; /* NULL until the first flush; the session's cached connection */
+	bool begun;	  /* a remote transaction is open, or was and is lost (broken) */
+	bool broken;  /* the remote transaction cannot be used any more: commit must fail */
+	const connection::Failure *refusal; /* ... because the peer has refused something; else NULL */
+	int remote_level;					/* nest level that the peer is at: 1 = no savepoint */
+	uint32 parts;						/* batches sent so far */
 	int release_level; /* this savepoint and those above it are to be released; 0: none */
 	bool goes_on;	   /* what is flushed next is not the end of its statement */
 	bool may_defer;	   /* the peer may have something to check before its COMMIT */
 	uint64 serial;	   /* the connection's, to notice that it was replaced */
-	Posted *posted;	   /* sent ahead of its flush; NULL: nothing */
+	Posted *posted;	   /* sent, and not answered as far as is known; NULL: nothing */
 	Phase phase;
 	char gid[kGidLength]; /* set before it is prepared */
-	int64 commit_until;	  /* BeginCommit() has sent it; until when to wait; 0: it has not */
+	int64 end_until;	  /* BeginCommit() or BeginAbort() has sent it: how long to wait; 0: not */
 	bool cancelled;		  /* the user did not want to wait for the peer's commit */
 };
 
@@ -73,21 +74,30 @@ Work *Start(int32 stream, Oid server, Oid owner, const char *server_name);
  * call is marked sent.  When nothing stood there before the call either, the
  * work is as new and the caller raises or queues; else what earlier calls sent
  * is lost, the work is broken and the caller must raise.
- * Bounded by mmrepl.sync_timeout; a cancel is answered at once, ends the
- * peer's session and leaves the cached connection clean or closed.
+ * Bounded by mmrepl.sync_timeout; a cancel is answered at once, and leaves the
+ * cached connection clean or closed; EndAbandoned() ends the peer's session.
  */
 bool Flush(Work *work, change::Segment *first, int64 changes, uint64 xid, int nest_level,
 		   connection::Failure *failure);
 
 /*
- * Send what the next Flush() will begin with, and do not wait for the answer, so
- * that several peers work at the same time.  That Flush must have the same
- * arguments, and must follow before anything else is done with the work, or
- * Unpost().  Raises cancels only; failures are left to the Flush.
+ * Send the next of the unsent segments (some megabytes, behind what was posted
+ * before) and do not wait for the answer, so that several peers, or the peers and
+ * the user, work at the same time.  What is posted is not marked sent: the next
+ * Flush(), of LastPosted() and before it, takes the answers; it must come before
+ * anything else is sent, or Unpost().  Nothing is sent behind what was posted for
+ * another nest level, or while megabytes are on their way.  Raises cancels only;
+ * failures are left to the Flush().  The first one of a session connects.
  */
 void Post(Work *work, change::Segment *first, uint64 xid, int nest_level);
 
-/* Give up what was posted: the remote transaction is lost.  Without effect when nothing was. */
+/* The last segment that was posted; NULL when none is, or the peer was not reached. */
+change::Segment *LastPosted(const Work *work);
+
+/* Whether the Flush() of what was posted would not have to wait.  Raises cancels only. */
+bool Answered(Work *work);
+
+/* Give up what was posted: the remote transaction is lost.  Waits for nothing. */
 void Unpost(Work *work);
 
 /* Mirror the end of a subtransaction of nest_level. SubAbort raises nothing; it may set broken. */
@@ -123,10 +133,20 @@ void BeginCommit(Work *work);
 bool Commit(Work *work);
 
 /*
- * From the ABORT callback: ROLLBACK or ROLLBACK PREPARED at the peer, or close
- * the connection; quiet.  False when a prepared transaction may be left there.
+ * From the ABORT callback: ROLLBACK or ROLLBACK PREPARED at the peer, behind what
+ * is on its way, or give the connection up; quiet.  It may be sent to several
+ * peers before each answer is awaited.  False when a prepared transaction may be
+ * left there.
  */
+void BeginAbort(Work *work);
 bool Abort(Work *work);
+
+/*
+ * End the sessions of all connections that were given up, at the same time and
+ * in half a second at the most; quiet.  Whoever gives one up and raises leaves
+ * that to the callbacks.
+ */
+void EndAbandoned();
 
 /* ---- recovery ---- */
 

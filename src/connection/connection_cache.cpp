@@ -175,6 +175,7 @@ OpenEntry(Entry *entry, TimestampTz deadline, Failure *failure)
 	auto give_up = [&] { CloseEntry(entry); };
 	int place; /* the entry's only when it was got */
 
+	EndDoomed(); /* one may have this entry's place still */
 	if (!TakePlace(entry->key.server, entry->key.owner, target->server_name, deadline, &place,
 				   failure))
 		return false;
@@ -238,6 +239,22 @@ DropCached(Oid server, Oid owner)
 		entry = (Entry *) hash_search(cache, &key, HASH_FIND, NULL);
 	if (entry != NULL)
 		CloseEntry(entry);
+}
+
+/* The same, when EndDoomed() has tried to end its session at the peer. */
+void
+DoomCached(Oid server, Oid owner, bool only_waiting)
+{
+	Key key = {server, owner};
+	Entry *entry = NULL;
+
+	if (cache != NULL)
+		entry = (Entry *) hash_search(cache, &key, HASH_FIND, NULL);
+	if (entry == NULL || entry->conn == NULL)
+		return;
+	Doom({entry->conn, only_waiting, entry->place});
+	entry->conn = NULL;
+	entry->place = -1;
 }
 
 /* Others wait for it, or there are more than are allowed. */

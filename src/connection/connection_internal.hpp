@@ -5,6 +5,7 @@
 #pragma once
 
 #include "mmrepl/connection.hpp"
+#include "mmrepl/shmem.hpp"
 
 namespace mmrepl::connection
 {
@@ -28,7 +29,26 @@ void SetFailure(Failure *failure, int sqlstate, const char *message);
 /* Close every connection of the process; an exit callback. */
 void CloseAll(int, Datum);
 
-/* The same for one, and wait a little for the end of the peer's session.  Raises nothing. */
+/* A connection that is given up, whose session at the peer is to end. */
+struct Doomed
+{
+	PGconn *conn;
+	bool only_waiting; /* not if it works */
+	int place;
+};
+
+constexpr int kMaxEndings = shmem::kMaxStreams;
+
+/*
+ * Try to end these sessions, all at the same time, in half a second; raises
+ * nothing, and the connections are open afterwards.
+ */
+void EndSessions(const Doomed *list, int count);
+
+/* Note that a connection is doomed; EndDoomed() ends and closes it.  Raises nothing. */
+void Doom(const Doomed &doomed);
+
+/* Close one connection, and wait a little for the end of the peer's session.  Raises nothing. */
 void CloseAwaited(PGconn *conn);
 
 /* ---- places: the bound on cached connections, see connection_places.cpp; -1: uncounted ---- */

@@ -22,6 +22,9 @@ struct Opened
 	Opened *next;
 	PGconn *conn;
 	Notes notes;
+	bool doomed;
+	bool only_waiting; /* doomed: its session at the peer is left alone while it works */
+	int place;		   /* doomed: to be given back with it */
 };
 
 Opened *opened = NULL;
@@ -248,6 +251,39 @@ Close(PGconn *conn)
 		hushed = before;
 		ReleaseExternalFD();
 		return;
+	}
+}
+
+void
+Doom(const Doomed &doomed)
+{
+	for (Opened *entry = opened; entry != NULL; entry = entry->next)
+	{
+		if (entry->conn != doomed.conn)
+			continue;
+		entry->doomed = true;
+		entry->only_waiting = doomed.only_waiting;
+		entry->place = doomed.place;
+	}
+}
+
+/* End the sessions of all doomed connections at the same time, and close these. */
+void
+EndDoomed()
+{
+	Doomed list[kMaxEndings];
+	int count = 0;
+
+	for (Opened *entry = opened; entry != NULL && count < kMaxEndings; entry = entry->next)
+		if (entry->doomed)
+			list[count++] = {entry->conn, entry->only_waiting, entry->place};
+	if (count == 0)
+		return;
+	EndSessions(list, count);
+	for (int i = 0; i < count; i++)
+	{
+		Close(list[i].conn);
+		LeavePlace(list[i].place);
 	}
 }
 

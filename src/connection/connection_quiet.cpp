@@ -65,20 +65,19 @@ PollForUser(int socket, short events, int64 until)
 {
 	for (;;)
 	{
-		int64 slice = Min(until, MonotonicMs() + kSlice);
+		bool given_up = QueryCancelPending || ProcDiePending;
+		int64 slice = Min(until, MonotonicMs() + (given_up ? 0 : kSlice));
 
 		if (PollUntil(socket, events, slice))
 			return true;
-		if (slice == until || QueryCancelPending || ProcDiePending)
+		if (slice == until || given_up)
 			return false;
 	}
 }
 
-using Poll = bool (*)(int socket, short events, int64 until);
-
 /* Wait until a result can be had without blocking; false when the time is up. */
 bool
-Arrived(PGconn *conn, int64 until, Poll poll)
+Arrived(PGconn *conn, int64 until)
 {
 	while (PQisBusy(conn))
 	{
@@ -86,7 +85,7 @@ Arrived(PGconn *conn, int64 until, Poll poll)
 
 		if (unsent < 0 || PQsocket(conn) < 0)
 			return true;
-		if (!poll(PQsocket(conn), POLLIN | (unsent > 0 ? POLLOUT : 0), until))
+		if (!PollForUser(PQsocket(conn), POLLIN | (unsent > 0 ? POLLOUT : 0), until))
 			return false;
 		if (PQconsumeInput(conn) == 0)
 			return true;
@@ -106,12 +105,12 @@ TagMatches(const char *tag, const char *sql)
 
 /* Collect the results of the commands that were sent; true when all succeeded as asked. */
 bool
-Confirmed(PGconn *conn, const char *sql, int64 until, Poll poll)
+Confirmed(PGconn *conn, const char *sql, int64 until)
 {
 	int results = 0;
 	bool good = true;
 
-	while (Arrived(conn, until, poll))
+	while (Arrived(conn, until))
 	{
 		PGresult *res = PQgetResult(conn);
 
@@ -166,21 +165,103 @@ StartBeside(PGconn *conn)
 	return beside;
 }
 
-/* Drive a connection until it stands; false when it failed or the time is up. */
-bool
-PollStanding(PGconn *conn, int64 until)
+/* An attempt to end a session at a peer, through a second one of the same role. */
+struct Ending
 {
-	PostgresPollingStatusType status = PGRES_POLLING_WRITING;
+	PGconn *beside; /* NULL: it is over */
+	PostgresPollingStatusType status;
+	bool asked;
+	char sql[256];
+};
 
-	while (PQstatus(conn) != CONNECTION_BAD && status != PGRES_POLLING_FAILED)
+void
+BeginEnding(Ending *ending, const Doomed &doomed)
+{
+	constexpr const char *kWaiting = " AND (state LIKE 'idle%' OR wait_event_type = 'Client')";
+	PGconn *conn = doomed.conn;
+	bool there = PQbackendPID(conn) != 0 && PQstatus(conn) == CONNECTION_OK;
+
+	ending->beside = there ? StartBeside(conn) : NULL;
+	ending->status = PGRES_POLLING_WRITING;
+	ending->asked = false;
+	if (ending->beside == NULL)
+		return;
+	PQsetNoticeReceiver(
+		ending->beside, [](void *, const PGresult *) {}, NULL);
+	snprintf(ending->sql, sizeof(ending->sql),
+			 "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity "
+			 "WHERE pid = %d AND usename = session_user%s",
+			 PQbackendPID(conn), doomed.only_waiting ? kWaiting : "");
+}
+
+/* Go on with it, as far as that goes without waiting; false when it is over. */
+bool
+AdvanceEnding(Ending *ending)
+{
+	PGconn *beside = ending->beside;
+
+	if (!ending->asked)
 	{
-		if (status == PGRES_POLLING_OK)
-			return true;
-		if (!PollUntil(PQsocket(conn), status == PGRES_POLLING_READING ? POLLIN : POLLOUT, until))
-			return false;
-		status = PQconnectPoll(conn);
+		ending->status = PQconnectPoll(beside);
+		if (ending->status == PGRES_POLLING_OK)
+			ending->asked =
+				PQsetnonblocking(beside, 1) == 0 && PQsendQuery(beside, ending->sql) == 1;
+		return ending->asked
+				   ? PQflush(beside) >= 0
+				   : ending->status != PGRES_POLLING_FAILED && ending->status != PGRES_POLLING_OK;
 	}
-	return false;
+	if (PQflush(beside) < 0 || PQconsumeInput(beside) == 0)
+		return false;
+	while (!PQisBusy(beside))
+	{
+		PGresult *res = PQgetResult(beside);
+
+		if (res == NULL)
+			return false;
+		PQclear(res);
+	}
+	return true;
+}
+
+/* What an attempt waits for; a negative socket is ignored by poll(2). */
+struct pollfd
+WaitOf(const Ending &ending)
+{
+	if (ending.beside == NULL)
+		return {-1, 0, 0};
+	if (ending.asked || ending.status == PGRES_POLLING_READING)
+		return {PQsocket(ending.beside), POLLIN, 0};
+	return {PQsocket(ending.beside), POLLOUT, 0};
+}
+
+void
+FinishEnding(Ending *ending)
+{
+	PQfinish(ending->beside);
+	ending->beside = NULL;
+}
+
+/* One round of all of them; false when all are over, or the time is up. */
+bool
+AdvanceEndings(Ending *endings, int count, int64 until)
+{
+	struct pollfd fds[kMaxEndings];
+	int64 left = until - MonotonicMs();
+	int alive = 0;
+
+	for (int i = 0; i < count; i++)
+	{
+		fds[i] = WaitOf(endings[i]);
+		alive += endings[i].beside != NULL;
+	}
+	if (alive == 0 || left <= 0)
+		return false;
+	if (poll(fds, (nfds_t) count, (int) left) < 0)
+		return errno == EINTR;
+	for (int i = 0; i < count; i++)
+		if (fds[i].revents != 0 && !AdvanceEnding(&endings[i]))
+			FinishEnding(&endings[i]);
+	return true;
 }
 
 } // namespace
@@ -203,16 +284,7 @@ SendQuietly(PGconn *conn, const char *sql)
 bool
 FinishQuietly(PGconn *conn, const char *sql, int64 until)
 {
-	return Hushed([&] { return Confirmed(conn, sql, until, PollForUser); });
-}
-
-/* Run one simple command (or several) in at most timeout_ms; true when the peer confirmed it. */
-bool
-ExecQuietly(PGconn *conn, const char *sql, int timeout_ms)
-{
-	int64 until = QuietDeadline(timeout_ms);
-
-	return SendQuietly(conn, sql) && Hushed([&] { return Confirmed(conn, sql, until, PollUntil); });
+	return Hushed([&] { return Confirmed(conn, sql, until); });
 }
 
 /* The peer's session is gone when its end of the socket is closed. */
@@ -232,33 +304,58 @@ CloseAwaited(PGconn *conn)
 }
 
 /*
- * End the peer's session through a second one of the same role.  A cancel
- * request would not do: a session that waits for our next message has nothing
- * to cancel, and may never hear that we are gone.
+ * Wait for the end of a pipeline, of which so many parts have not ended, and leave
+ * it; false when that takes too long.
+ */
+bool
+DrainQuietly(PGconn *conn, int syncs, int64 until)
+{
+	return Hushed([&] {
+		bool idle = false; /* nothing more was to come */
+
+		while (syncs > 0)
+		{
+			if (!Arrived(conn, until))
+				return false;
+			PGresult *res = PQgetResult(conn);
+
+			if (res == NULL && (idle || PQstatus(conn) != CONNECTION_OK))
+				return false;
+			idle = res == NULL;
+			syncs -= PQresultStatus(res) == PGRES_PIPELINE_SYNC;
+			PQclear(res);
+		}
+		return PQexitPipelineMode(conn) == 1;
+	});
+}
+
+/* Queue a command behind a pipeline's, and end its part; false when libpq cannot. */
+bool
+AppendQuietly(PGconn *conn, const char *sql)
+{
+	return Hushed([&] {
+		return PQsendQueryParams(conn, sql, 0, NULL, NULL, NULL, NULL, 0) == 1 &&
+			   PQpipelineSync(conn) == 1;
+	});
+}
+
+/*
+ * A cancel request would not do: a session that waits for our next message has
+ * nothing to cancel, and may never hear that we are gone.
  */
 void
-EndSession(PGconn *conn, bool only_waiting)
+EndSessions(const Doomed *list, int count)
 {
-	constexpr const char *kWaiting = " AND (state LIKE 'idle%' OR wait_event_type = 'Client')";
+	Ending endings[kMaxEndings];
 	int64 until = MonotonicMs() + kEndTimeout;
-	PGconn *beside;
-	char sql[256];
 
-	if (PQbackendPID(conn) == 0 || PQstatus(conn) != CONNECTION_OK)
-		return;
-	beside = StartBeside(conn);
-	if (beside == NULL)
-		return;
-	PQsetNoticeReceiver(
-		beside, [](void *, const PGresult *) {}, NULL);
-	snprintf(sql, sizeof(sql),
-			 "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity "
-			 "WHERE pid = %d AND usename = session_user%s",
-			 PQbackendPID(conn), only_waiting ? kWaiting : "");
-	if (PollStanding(beside, until) && PQsetnonblocking(beside, 1) == 0 &&
-		PQsendQuery(beside, sql) == 1)
-		(void) Confirmed(beside, sql, until, PollUntil);
-	PQfinish(beside);
+	count = Min(count, kMaxEndings);
+	for (int i = 0; i < count; i++)
+		BeginEnding(&endings[i], list[i]);
+	while (AdvanceEndings(endings, count, until))
+		;
+	for (int i = 0; i < count; i++)
+		FinishEnding(&endings[i]);
 }
 
 } // namespace mmrepl::connection

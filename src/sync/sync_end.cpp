@@ -17,7 +17,7 @@ namespace
 {
 
 constexpr int kMaxQuietTimeout = 5000; /* ms */
-constexpr int kRollbackTimeout = 500;  /* ms: ending the session does it as well */
+constexpr int kRollbackTimeout = 400;  /* ms: ending the session does it as well */
 
 /* The nest level that the peer is at when savepoints that are to be released do not count. */
 int
@@ -44,6 +44,13 @@ QuietTimeout()
 	return Min(guc::sync_timeout, kMaxQuietTimeout);
 }
 
+/* What was posted is counted when its answer comes. */
+uint32
+Kept(const Work *work)
+{
+	return work->posted != NULL ? work->posted->kept : work->parts;
+}
+
 /* Whether the connection is the one on which the remote transaction was begun, and alive. */
 bool
 Usable(const Work *work)
@@ -64,7 +71,7 @@ Reset(Work *work)
 	work->posted = NULL;
 	work->serial = 0;
 	work->phase = Phase::Open;
-	work->commit_until = 0;
+	work->end_until = 0;
 }
 
 /*
@@ -81,24 +88,22 @@ Drop(Work *work, uint32 kept)
 		work->broken = work->begun = true;
 }
 
-/* The same, after trying to end the session there: it may never hear that we are gone. */
+/*
+ * The same, and the session there is to be ended: it may never hear that we are
+ * gone.  That is tried by EndAbandoned(), for all at the same time.
+ */
 void
 Abandon(Work *work, uint32 kept)
 {
 	if (IsHeld(work))
-		connection::EndSession(work->conn, false);
+		connection::DoomCached(work->server, work->owner, false);
 	Drop(work, kept);
 }
 
-/* Roll the remote transaction back, by closing the connection if need be. */
 void
-RollBack(Work *work)
+EndAbandoned()
 {
-	if (work->begun && Usable(work) &&
-		connection::ExecQuietly(work->conn, "ROLLBACK", kRollbackTimeout))
-		Reset(work);
-	else
-		Abandon(work, 0);
+	connection::EndDoomed();
 }
 
 /*
@@ -167,7 +172,7 @@ BeginCommit(Work *work)
 		return;
 	CommandToCommit(work, sql, sizeof(sql));
 	if (connection::SendQuietly(work->conn, sql))
-		work->commit_until = connection::QuietDeadline(QuietTimeout());
+		work->end_until = connection::QuietDeadline(QuietTimeout());
 }
 
 /*
@@ -186,11 +191,11 @@ Commit(Work *work)
 	CommandToCommit(work, sql, sizeof(sql));
 	if (work->phase == Phase::Prepared)
 		MMREPL_CRASH_POINT("two-phase-committing");
-	if (work->commit_until == 0 || !connection::FinishQuietly(work->conn, sql, work->commit_until))
+	if (work->end_until == 0 || !connection::FinishQuietly(work->conn, sql, work->end_until))
 	{
 		work->cancelled = QueryCancelPending || ProcDiePending;
 		if (IsHeld(work))
-			connection::EndSession(work->conn, true);
+			connection::DoomCached(work->server, work->owner, true);
 		Drop(work, work->parts);
 		return false;
 	}
@@ -198,36 +203,77 @@ Commit(Work *work)
 	return true;
 }
 
-/* Roll a prepared transaction back; false when it may be there still, or come yet. */
-static bool
-RollBackPrepared(Work *work)
+/* What rolls the work back at the peer; the buffer has kGidLength + 32 bytes. */
+static void
+CommandToRollBack(const Work *work, char *sql, size_t size)
 {
-	char sql[kGidLength + 32];
-	bool done;
-
-	snprintf(sql, sizeof(sql), "ROLLBACK PREPARED '%s'", work->gid);
-	MMREPL_CRASH_POINT("two-phase-rolling-back");
-	done = work->phase == Phase::Prepared && CanEnd(work) &&
-		   connection::ExecQuietly(work->conn, sql, kRollbackTimeout);
-	if (!done)
-		Drop(work, 0);
-	Reset(work);
-	return done;
+	if (work->phase == Phase::Prepared)
+		snprintf(sql, size, "ROLLBACK PREPARED '%s'", work->gid);
+	else
+		strlcpy(sql, "ROLLBACK", size);
 }
 
-/* ROLLBACK at the peer, or close the connection; false when something prepared may be left. */
+/* Send the command; false when the session cannot take it. */
+static bool
+SendRollback(Work *work)
+{
+	char sql[kGidLength + 32];
+
+	CommandToRollBack(work, sql, sizeof(sql));
+	if (work->phase == Phase::Prepared)
+		return CanEnd(work) && connection::SendQuietly(work->conn, sql);
+	if (work->phase == Phase::Preparing || !Usable(work))
+		return false;
+	if (work->posted != NULL)
+		return work->posted->outcome == Outcome::Done && connection::AppendQuietly(work->conn, sql);
+	return work->begun && PQpipelineStatus(work->conn) == PQ_PIPELINE_OFF &&
+		   connection::SendQuietly(work->conn, sql);
+}
+
+void
+BeginAbort(Work *work)
+{
+	if (SendRollback(work))
+		work->end_until = connection::QuietDeadline(kRollbackTimeout);
+}
+
+/* Wait for the end of what BeginAbort() has sent; whether it was confirmed. */
+static bool
+AwaitRollback(Work *work)
+{
+	char sql[kGidLength + 32];
+
+	if (work->end_until == 0)
+		return false;
+	if (work->posted != NULL)
+		return connection::DrainQuietly(work->conn, work->posted->pipeline.syncs + 1,
+										work->end_until) &&
+			   PQtransactionStatus(work->conn) == PQTRANS_IDLE;
+	CommandToRollBack(work, sql, sizeof(sql));
+	return connection::FinishQuietly(work->conn, sql, work->end_until);
+}
+
+/* ROLLBACK at the peer, or give the connection up; false when something prepared may be left. */
 bool
 Abort(Work *work)
 {
-	if (work->phase != Phase::Open)
-		return RollBackPrepared(work);
-	if (work->conn != NULL)
-	{
+	bool prepared = work->phase != Phase::Open;
+
+	if (prepared)
+		MMREPL_CRASH_POINT("two-phase-rolling-back");
+	else if (work->conn != NULL)
 		MMREPL_CRASH_POINT("sync-rolling-back");
-		RollBack(work);
-	}
+	if (work->end_until == 0)
+		BeginAbort(work);
+
+	bool done = AwaitRollback(work);
+
+	if (!done && prepared)
+		Drop(work, 0);
+	else if (!done)
+		Abandon(work, 0);
 	Reset(work);
-	return true;
+	return done || !prepared;
 }
 
 } // namespace mmrepl::sync

@@ -104,6 +104,21 @@ Converse(const Request &request, Segment *first, bool *fresh)
 	return outcome;
 }
 
+/* Nothing repairs what the peer has refused: who asks again, hears it again. */
+void
+Break(Work *work, const Failure *failure)
+{
+	work->broken = true;
+	work->refusal = InContext(TopTransactionContext, [&] {
+		auto copy = [](const char *text) { return text == NULL ? NULL : pstrdup(text); };
+		Failure *kept = (Failure *) palloc(sizeof(Failure));
+
+		*kept = {failure->sqlstate, copy(failure->message), copy(failure->detail),
+				 copy(failure->hint), copy(failure->context)};
+		return kept;
+	});
+}
+
 /*
  * The same, with the work left in order whatever happens: an error of ours
  * (a cancel, above all) or a lost session abandons the remote transaction.
@@ -112,7 +127,7 @@ Outcome
 ConverseSafely(const Request &request, Segment *first, bool *fresh)
 {
 	Work *work = request.work;
-	uint32 kept = work->parts;
+	uint32 kept = Kept(work);
 	Outcome outcome = Outcome::Done;
 
 	*fresh = false;
@@ -128,9 +143,9 @@ ConverseSafely(const Request &request, Segment *first, bool *fresh)
 			work->release_level == 0)
 			return outcome;
 		if (kept == 0)
-			RollBack(work);
+			(void) Abort(work);
 		else
-			work->broken = true;
+			Break(work, request.failure);
 	}
 	return outcome;
 }
@@ -183,6 +198,8 @@ RequireUsable(Work *work)
 {
 	if (work->begun && !Usable(work))
 		work->broken = true;
+	if (work->broken && work->refusal != NULL)
+		RaiseRefusal(work, work->refusal, "apply");
 	if (work->broken)
 		ereport(ERROR, (errcode(ERRCODE_CONNECTION_FAILURE),
 						errmsg("the transaction at server \"%s\" was lost", work->server_name),
@@ -237,31 +254,50 @@ Reach(const Request &request, bool *fresh)
 void
 Post(Work *work, Segment *first, uint64 xid, int nest_level)
 {
-	uint32 kept = work->parts;
-	Segment *unsent = FirstUnsent(first);
+	Posted *posted = work->posted;
+	Segment *from = FirstUnsent(posted == NULL ? first : posted->last->next);
 
-	if (unsent == NULL || work->broken || (work->begun && !Usable(work)))
+	if (from == NULL || work->broken || (work->begun && !Usable(work)))
+		return;
+	if (posted != NULL && (posted->request.nest_level != nest_level || !MayPost(posted)))
 		return;
 	Guarded(
 		[&] {
-			Posted *posted =
-				StartPost({work, xid, nest_level, connection::DeadlineIn(guc::sync_timeout), NULL});
-
-			if (!work->begun)
+			if (posted == NULL)
+				posted = StartPost({work, xid, nest_level,
+									connection::DeadlineIn(guc::sync_timeout), NULL},
+								   from);
+			if (work->posted == NULL && !work->begun)
 				posted->outcome = Reach(posted->request, &posted->fresh);
 			if (posted->outcome == Outcome::Done)
-				PostPart(posted, unsent);
+				PostPart(posted, from);
 			work->posted = posted;
 		},
-		[&] { Abandon(work, kept); });
+		[&] { Abandon(work, Kept(work)); });
 }
 
-/* The answer will not be awaited: whatever the posted part has done is undone. */
+Segment *
+LastPosted(const Work *work)
+{
+	return work->posted == NULL ? NULL : work->posted->last;
+}
+
+bool
+Answered(Work *work)
+{
+	bool arrived = true;
+
+	if (work->posted != NULL)
+		Guarded([&] { arrived = Arrived(work->posted); }, [&] { Abandon(work, Kept(work)); });
+	return arrived;
+}
+
+/* The answer will not be awaited: whatever was posted is undone. */
 void
 Unpost(Work *work)
 {
 	if (work->posted != NULL)
-		Abandon(work, work->parts);
+		Abandon(work, Kept(work));
 }
 
 /*
@@ -280,7 +316,10 @@ Flush(Work *work, Segment *first, int64 changes, uint64 xid, int nest_level, Fai
 
 	if (unsent == NULL)
 		return true;
-	RequireUsable(work);
+	if (work->posted == NULL)
+		RequireUsable(work);
+	else
+		request.nest_level = work->posted->request.nest_level;
 	outcome = ConverseSafely(request, unsent, &fresh);
 	if (outcome == Outcome::Lost && !begun && !fresh &&
 		failure->sqlstate != ERRCODE_MMREPL_SYNC_TIMEOUT)

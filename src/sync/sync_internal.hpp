@@ -27,34 +27,49 @@ struct Request
 	connection::Failure *failure; /* filled unless Done */
 };
 
-/* A pipeline under way: the steps sent, and where the peer stands after them. */
+/* A pipeline under way: the commands sent, and how far their answers have come. */
 struct Pipeline
 {
 	const Request *request;
 	PGconn *conn;
 	StringInfoData steps;
-	uint32 parts;
-	bool sent; /* false: libpq refused to send */
+	int step;		 /* the one whose answer is next */
+	int syncs;		 /* ends of parts that are still to come */
+	uint32 parts;	 /* batches sent with it and before */
+	bool sent;		 /* false: libpq refused to send */
+	Outcome outcome; /* of the answers */
 };
 
-/* A first part that was sent ahead of its flush, so that several peers work at a time. */
+/*
+ * Parts that were sent without waiting for their answers, one behind the other in
+ * one pipeline: so that several peers work at a time, or the user does.
+ */
 struct Posted
 {
 	Request request;
 	connection::Failure failure;
 	Pipeline pipeline;
-	Outcome outcome;	  /* of the way to the peer; Done: the part was sent */
-	bool fresh;			  /* the connection was made for it */
-	change::Segment *end; /* behind the part */
+	Outcome outcome; /* of the way to the peer; Done: they were sent */
+	bool fresh;		 /* the connection was made for it */
+	uint32 kept;	 /* batches that stood at the peer before */
+	Size bytes;
+	change::Segment *first;
+	change::Segment *last; /* NULL: none was sent */
 };
 
 /* A Posted that lives as long as the transaction, as do its strings. */
-Posted *StartPost(const Request &request);
+Posted *StartPost(const Request &request, change::Segment *first);
 
-/* Send the first part, and do not wait. */
-void PostPart(Posted *posted, change::Segment *first);
+/* Send the next part, and do not wait. */
+void PostPart(Posted *posted, change::Segment *from);
 
-/* The answers to a part that was posted, or why it was not sent; moves *next behind it. */
+/* Whether another part may be sent: not if megabytes are on their way. */
+bool MayPost(const Posted *posted);
+
+/* Take in what has arrived, without waiting; whether FinishPost() will not wait either. */
+bool Arrived(Posted *posted);
+
+/* The answers to what was posted, or why it was not sent; moves *next behind it. */
 Outcome FinishPost(const Request &request, change::Segment **next, bool *fresh);
 
 /*
@@ -75,17 +90,17 @@ bool Usable(const Work *work);
 /* Forget the connection and what was sent over it; raises nothing. */
 void Reset(Work *work);
 
+/* The batches that stand at the peer if what is on its way there is lost. */
+uint32 Kept(const Work *work);
+
 /*
  * The remote transaction is lost: close the connection.  What the first `kept`
  * batches held is lost as well, so with any the work is broken.  Raises nothing.
  */
 void Drop(Work *work, uint32 kept);
 
-/* The same, after asking the peer to stop what still runs there. */
+/* The same, and what still runs there is to be ended: by EndAbandoned(). */
 void Abandon(Work *work, uint32 kept);
-
-/* Roll the remote transaction back, by closing the connection if need be; raises nothing. */
-void RollBack(Work *work);
 
 /* Raise what the peer refused; a lock wait that was too long is a deadlock to the user. */
 [[noreturn]] void RaiseRefusal(const Work *work, const connection::Failure *failure,

@@ -163,13 +163,14 @@ Advance(Work *work, char step)
 }
 
 /*
- * Take one result in; *outcome becomes Refused at the first error, whose fields
+ * Take one result in; the outcome becomes Refused at the first error, whose fields
  * are kept (what follows it in the pipeline is only told to be aborted), and
  * Lost when the session is over.
  */
 void
-TakeResult(Pipeline *pipeline, const PGresult *res, char step, Outcome *outcome)
+TakeResult(Pipeline *pipeline, const PGresult *res, char step)
 {
+	Outcome *outcome = &pipeline->outcome;
 	ExecStatusType status = PQresultStatus(res);
 
 	if (status == PGRES_COMMAND_OK || status == PGRES_TUPLES_OK)
@@ -211,62 +212,73 @@ TimedOut(Pipeline *pipeline)
 	return Outcome::Lost;
 }
 
-/* Collect all answers up to the end of the pipeline. */
-Outcome
-Collect(Pipeline *pipeline)
+/*
+ * Take the answers in until the parts that were sent have all ended, the session
+ * is lost or the deadline has passed: then false, and what has come is taken.
+ */
+bool
+TakeAnswers(Pipeline *pipeline, TimestampTz deadline)
 {
-	Outcome outcome = Outcome::Done;
-	int step = 0;
-
-	for (;;)
+	while (pipeline->syncs > 0 && pipeline->outcome != Outcome::Lost)
 	{
 		PGresult *res;
-		bool end;
 
-		if (!connection::NextResult(pipeline->conn, pipeline->request->deadline, &res))
-			return TimedOut(pipeline);
+		if (!connection::NextResult(pipeline->conn, deadline, &res))
+			return false;
 		if (res == NULL) /* one command is complete */
 		{
-			if (PQstatus(pipeline->conn) != CONNECTION_OK || step++ >= pipeline->steps.len)
-				return LostUnless(pipeline, outcome);
+			if (PQstatus(pipeline->conn) != CONNECTION_OK ||
+				pipeline->step++ >= pipeline->steps.len)
+				pipeline->outcome = LostUnless(pipeline, pipeline->outcome);
 			continue;
 		}
-		end = PQresultStatus(res) == PGRES_PIPELINE_SYNC;
-		if (!end)
-			TakeResult(pipeline, res, pipeline->steps.data[step], &outcome);
-		PQclear(res);
-		if (end || outcome == Outcome::Lost)
-			return outcome;
+		Ensured(
+			[&] {
+				if (PQresultStatus(res) == PGRES_PIPELINE_SYNC)
+					pipeline->syncs--;
+				else
+					TakeResult(pipeline, res, pipeline->steps.data[pipeline->step]);
+			},
+			[&] { PQclear(res); });
 	}
+	return true;
 }
 
-/* Send a part with whatever has to be done before it; false when libpq cannot. */
-bool
-StartPart(Pipeline *pipeline, const Request *request, Segment *first, Segment *end)
+/* Make ready for parts of a remote transaction; the steps live in the current context. */
+void
+StartPipeline(Pipeline *pipeline, const Request *request)
 {
 	pipeline->request = request;
 	pipeline->conn = request->work->conn;
 	pipeline->parts = request->work->parts;
 	pipeline->sent = PQenterPipelineMode(pipeline->conn) == 1;
 	initStringInfo(&pipeline->steps);
-
 	QueuePrelude(pipeline);
-	QueueBatch(pipeline, first, end);
-	return pipeline->sent && PQpipelineSync(pipeline->conn) == 1;
 }
 
-/* Wait for the answers to a part that was sent. */
+/* Send a part, behind those that were sent before; false when libpq cannot. */
+bool
+SendSegments(Pipeline *pipeline, const Segment *first, const Segment *end)
+{
+	QueueBatch(pipeline, first, end);
+	pipeline->sent = pipeline->sent && PQpipelineSync(pipeline->conn) == 1;
+	pipeline->syncs += pipeline->sent;
+	return pipeline->sent;
+}
+
+/* Wait for the answers to what was sent. */
 Outcome
-FinishPart(Pipeline *pipeline)
+FinishPipeline(Pipeline *pipeline)
 {
 	MMREPL_FAULT_POINT("sync-part-sent");
-	Outcome outcome = Collect(pipeline);
+	if (!TakeAnswers(pipeline, pipeline->request->deadline))
+		pipeline->outcome = TimedOut(pipeline);
 
 	MMREPL_FAULT_POINT("sync-part-answer");
-	if (outcome != Outcome::Lost && PQexitPipelineMode(pipeline->conn) != 1)
-		outcome = LostUnless(pipeline, outcome);
+	if (pipeline->outcome != Outcome::Lost && PQexitPipelineMode(pipeline->conn) != 1)
+		pipeline->outcome = LostUnless(pipeline, pipeline->outcome);
 	pfree(pipeline->steps.data);
-	return outcome;
+	return pipeline->outcome;
 }
 
 } // namespace
@@ -278,31 +290,57 @@ SendPart(const Request &request, Segment **next)
 	Pipeline pipeline = {};
 	Segment *end = EndOfPart(*next);
 
-	if (!StartPart(&pipeline, &request, *next, end))
+	StartPipeline(&pipeline, &request);
+	if (!SendSegments(&pipeline, *next, end))
 		return LostUnless(&pipeline, Outcome::Done);
 	*next = end;
-	return FinishPart(&pipeline);
+	return FinishPipeline(&pipeline);
 }
 
 Posted *
-StartPost(const Request &request)
+StartPost(const Request &request, Segment *first)
 {
 	Posted *posted = (Posted *) MemoryContextAllocZero(TopTransactionContext, sizeof(Posted));
 
 	posted->request = request;
 	posted->request.failure = &posted->failure;
+	posted->kept = request.work->parts;
+	posted->first = first;
 	return posted;
 }
 
 /* What libpq keeps in its buffer goes out with the first look at the answers. */
 void
-PostPart(Posted *posted, Segment *first)
+PostPart(Posted *posted, Segment *from)
 {
-	posted->end = EndOfPart(first);
+	Segment *end = EndOfPart(from);
+
 	InContext(TopTransactionContext, [&] {
-		if (!StartPart(&posted->pipeline, &posted->request, first, posted->end))
+		if (posted->last == NULL)
+			StartPipeline(&posted->pipeline, &posted->request);
+		if (!SendSegments(&posted->pipeline, from, end))
 			posted->outcome = LostUnless(&posted->pipeline, Outcome::Done);
 	});
+	for (Segment *segment = from; segment != end; segment = segment->next)
+	{
+		posted->last = segment;
+		posted->bytes += segment->length;
+	}
+}
+
+bool
+MayPost(const Posted *posted)
+{
+	return posted->outcome == Outcome::Done && posted->bytes < kPartBytes;
+}
+
+bool
+Arrived(Posted *posted)
+{
+	if (posted->outcome != Outcome::Done || posted->last == NULL)
+		return true;
+	return TakeAnswers(&posted->pipeline, GetCurrentTimestamp()) ||
+		   posted->pipeline.outcome != Outcome::Done;
 }
 
 Outcome
@@ -313,10 +351,12 @@ FinishPost(const Request &request, Segment **next, bool *fresh)
 
 	request.work->posted = NULL;
 	*fresh = posted->fresh;
+	posted->request.deadline = request.deadline;
 	if (outcome == Outcome::Done)
-		outcome = FinishPart(&posted->pipeline);
+		outcome = FinishPipeline(&posted->pipeline);
 	*request.failure = posted->failure;
-	*next = posted->end;
+	if (posted->last != NULL)
+		*next = posted->last->next;
 	return outcome;
 }
 

@@ -215,7 +215,7 @@ EndInline(Work *work)
 		return queue::Fate::Committed;
 	if (work->changes == 0)
 	{
-		sync::Abort(work->inlined);
+		(void) sync::Abort(work->inlined);
 		return queue::Fate::Committed;
 	}
 	MMREPL_CRASH_POINT("commit-before-peer");
@@ -227,21 +227,25 @@ EndInline(Work *work)
 	return delivered ? queue::Fate::Delivered : queue::Fate::Committed;
 }
 
-/* Tell every peer to commit, before any answer is awaited. */
+/* Tell every peer what becomes of it, before any answer is awaited. */
 static void
-BeginInlineEnds()
+BeginInlineEnds(bool commit)
 {
-	MMREPL_CRASH_POINT("commit-before-peers");
+	if (commit)
+		MMREPL_CRASH_POINT("commit-before-peers");
 	for (Work *work = current.works; work != NULL; work = work->next)
-		if (work->inlined != NULL && work->inlined->begun && work->changes > 0)
+		if (work->inlined == NULL)
+			continue;
+		else if (!commit)
+			sync::BeginAbort(work->inlined);
+		else if (work->inlined->begun && work->changes > 0)
 			sync::BeginCommit(work->inlined);
 }
 
 static void
 SettleAll(queue::Fate fate)
 {
-	if (fate == queue::Fate::Committed)
-		BeginInlineEnds();
+	BeginInlineEnds(fate == queue::Fate::Committed);
 	for (Work *work = current.works; work != NULL; work = work->next)
 	{
 		queue::Fate own = fate;
@@ -253,6 +257,7 @@ SettleAll(queue::Fate fate)
 		if (current.ticket != 0 && (work->changes > 0 || work->too_large))
 			queue::Settle(&work->out, current.ticket, own);
 	}
+	sync::EndAbandoned();
 	MMREPL_CRASH_POINT("commit-entries-settled");
 	if (current.ticket != 0)
 		queue::SettleTicket(current.parts, current.n_parts);
@@ -422,6 +427,7 @@ OnSubAbort(int level)
 		UndoTo(work, level);
 		pending |= work->unsent > 0;
 	}
+	sync::EndAbandoned();
 	current.pending_sync = pending;
 }
 
@@ -457,12 +463,19 @@ OnSubXactEvent(SubXactEvent event, SubTransactionId, SubTransactionId, void *)
 
 /* ---- statements ---- */
 
-/* After a statement's AFTER triggers: sync changes travel now. */
+/*
+ * After a statement's AFTER triggers: sync changes travel now, and are waited for
+ * or not.  What the peer has refused meanwhile is no error of ROLLBACK.
+ */
 static void
-AfterStatement()
+AfterStatement(bool ends_something)
 {
-	if (current.pending_sync && guc::sync_flush == guc::Flush::Statement && IsTransactionState())
+	if (!current.pending_sync || !IsTransactionState())
+		return;
+	if (guc::sync_flush == guc::Flush::Statement)
 		FlushPending();
+	else if (!ends_something)
+		PostPending();
 }
 
 static void
@@ -474,7 +487,7 @@ OnExecutorFinish(QueryDesc *query)
 		standard_ExecutorFinish(query);
 	/* A referential action's query leaves its row events to the outer query. */
 	if (!(query->estate->es_top_eflags & EXEC_FLAG_SKIP_TRIGGERS))
-		AfterStatement();
+		AfterStatement(false);
 }
 
 /* Whether the command is of that kind; *ours: with the name of a peer's transaction. */
@@ -510,6 +523,7 @@ OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
 				 ProcessUtilityContext context, ParamListInfo params, QueryEnvironment *environment,
 				 DestReceiver *dest, QueryCompletion *completion)
 {
+	bool transaction_command = IsA(statement->utilityStmt, TransactionStmt);
 	bool ours;
 
 	if (shmem::Ready() && IsTransactionCommand(statement, TRANS_STMT_COMMIT_PREPARED, &ours) &&
@@ -521,7 +535,7 @@ OnProcessUtility(PlannedStmt *statement, const char *text, bool read_only,
 					  {statement, text, read_only, context, params, environment, dest, completion});
 	if (current.late != NULL)
 		MMREPL_FAULT_POINT("late-visible");
-	AfterStatement();
+	AfterStatement(transaction_command);
 }
 
 void

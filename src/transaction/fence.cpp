@@ -28,12 +28,8 @@ SharedStream(Work *work)
 
 		MmreplEnsure(catalog::ReadStreamRow(work->route.stream, &row), "stream %d does not exist",
 					 work->route.stream);
-		slot = queue::TakeSlot(row);
+		slot = queue::RequireSlot(row);
 	}
-	if (slot < 0)
-		ereport(ERROR, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
-						errmsg("too many servers are replicated to"),
-						errhint("Raise mmrepl.max_servers and restart the server.")));
 	return shmem::Get().streams[slot];
 }
 
@@ -201,6 +197,21 @@ PassFence(Work *work, connection::Failure *failure)
 	if (queue::NeedsResync(work->route.stream)) /* by now */
 		return FailForResync(work, failure);
 	return locked ? FailForDeadlock(bound, failure) : FailForTime(state, failure);
+}
+
+bool
+FenceIsOpen(Work *work)
+{
+	if (catalog::MadeHere(work->route.stream))
+		return true;
+	shmem::Stream &stream = SharedStream(work);
+
+	if (queue::NeedsResync(work->route.stream))
+		return false;
+	if (queue::Reached(stream, queue::CurrentGoal(stream)))
+		return true;
+	shmem::WakeWorker(stream);
+	return false;
 }
 
 } // namespace mmrepl::transaction

@@ -29,7 +29,8 @@ Degrade(Work *work, const connection::Failure *failure)
 	work->sync = false;
 	work->unsent = 0;
 	if (work->inlined != NULL)
-		sync::Abort(work->inlined);
+		(void) sync::Abort(work->inlined);
+	sync::EndAbandoned();
 	work->inlined = NULL;
 	ereport(NOTICE,
 			(errmsg("server \"%s\" is not reached: the transaction's changes for it are queued",
@@ -93,29 +94,52 @@ EnsureInlined(Work *work)
 		});
 }
 
-void
-FlushWork(Work *work, bool goes_on)
+/* The answers to what was posted; false when the peer was lost meanwhile. */
+static bool
+Collect(Work *work, connection::Failure *failure)
+{
+	change::Segment *last = sync::LastPosted(work->inlined);
+
+	return last == NULL || FlushTo(work, last, 1, false, failure);
+}
+
+/* The fence, waited for once in a flush: several peers pass theirs before anything is sent. */
+static bool
+PassFenceOnce(Work *work, connection::Failure *failure)
+{
+	Fence fence = work->fence;
+
+	work->fence = Fence::NotAsked;
+	if (fence == Fence::Closed)
+		*failure = work->fence_failure;
+	return fence == Fence::NotAsked ? PassFence(work, failure) : fence == Fence::Passed;
+}
+
+/* What the peer has not been sent yet, each part at the level of its own subtransaction. */
+static bool
+SendRest(Work *work, bool goes_on, connection::Failure *failure)
+{
+	if (FirstUnsent(work) == NULL)
+		return true;
+	return (work->inlined->posted != NULL || PassFenceOnce(work, failure)) &&
+		   FlushBefore(work, work->marks, failure) &&
+		   FlushTo(work, work->last, work->marks != NULL ? work->marks->level : 1, goes_on,
+				   failure);
+}
+
+/* Take the answers to what was posted, then with `all` send the rest and wait for it as well. */
+static void
+Exchange(Work *work, bool all, bool goes_on)
 {
 	connection::Failure failure = {};
 	bool done = false;
 
-	if (!HasUnsent(work))
-		return;
-	EnsureInlined(work);
-	MMREPL_FAULT_POINT("sync-begin");
-	Guarded(
-		[&] {
-			done = (work->inlined->posted != NULL || PassFence(work, &failure)) &&
-				   FlushBefore(work, work->marks, &failure) &&
-				   FlushTo(work, work->last, work->marks != NULL ? work->marks->level : 1, goes_on,
-						   &failure);
-		},
-		[&] { CountSyncFailure(work); });
+	Guarded([&] { done = Collect(work, &failure) && (!all || SendRest(work, goes_on, &failure)); },
+			[&] { CountSyncFailure(work); });
 	if (done)
 	{
-		work->unsent = 0;
+		work->unsent = CountUnsent(work);
 		BoundLocalWaits(work);
-		MMREPL_FAULT_POINT("sync-executed");
 		return;
 	}
 	CountSyncFailure(work);
@@ -124,25 +148,92 @@ FlushWork(Work *work, bool goes_on)
 	Degrade(work, &failure);
 }
 
+void
+FlushWork(Work *work, bool goes_on)
+{
+	if (!HasUnsent(work))
+		return;
+	EnsureInlined(work);
+	MMREPL_FAULT_POINT("sync-begin");
+	Exchange(work, true, goes_on);
+	if (!work->degraded)
+		MMREPL_FAULT_POINT("sync-executed");
+}
+
+/* ---- ahead of the commit ---- */
+
+/* Send what there is to send; what fails is left to the flush. */
+static void
+PostRest(Work *work, int level)
+{
+	change::Segment *unsent = FirstUnsent(work);
+
+	work->last->closed = true;
+	work->inlined->goes_on = false;
+	sync::Post(work->inlined, unsent, U64FromFullTransactionId(GetTopFullTransactionId()), level);
+}
+
+/*
+ * Send what the statement has left behind, if nothing has to be waited for first,
+ * and take the answers that have arrived.  The peer's refusal is raised as soon as
+ * it is known; so is that the peer is not reached.
+ */
+static void
+PostAhead(Work *work)
+{
+	change::Segment *posted;
+
+	EnsureInlined(work);
+	posted = sync::LastPosted(work->inlined);
+	if (posted != NULL && sync::Answered(work->inlined))
+		Exchange(work, false, false);
+	else if (posted == work->last)
+		return;
+	if (!HasUnsent(work) || !FenceIsOpen(work))
+		return;
+	PostRest(work, 1);
+	MMREPL_FAULT_POINT("sync-posted");
+	if (sync::LastPosted(work->inlined) == NULL)
+		FlushWork(work, false);
+	else
+		BoundLocalWaits(work);
+}
+
+/*
+ * What a subtransaction has captured is held back: the peer would need a savepoint
+ * of its own for it, and a round trip to go back there.
+ */
+void
+PostPending()
+{
+	if (GetCurrentTransactionNestLevel() > 1)
+		return;
+	for (Work *work = current.works; work != NULL; work = work->next)
+		if (HasUnsent(work) && work->marks == NULL)
+			PostAhead(work);
+}
+
 /* ---- several peers ---- */
 
-/* Send what the work has, if it is all of one level, and do not wait; what fails is left to the flush. */
+/*
+ * Send what the work has, if it is all of one level, and do not wait.  Where
+ * something was posted before, its answers come before the fence: the flush does that.
+ */
 static void
 PostWork(Work *work)
 {
-	connection::Failure failure = {};
 	Mark *mark = work->marks;
 	change::Segment *unsent = FirstUnsent(work);
 
 	EnsureInlined(work);
+	work->fence = Fence::NotAsked;
 	if (mark != NULL && mark->segment != NULL && unsent->seq <= mark->segment->seq)
 		return;
-	if (!PassFence(work, &failure))
+	if (work->inlined->posted != NULL && !FenceIsOpen(work))
 		return;
-	work->last->closed = true;
-	work->inlined->goes_on = false;
-	sync::Post(work->inlined, unsent, U64FromFullTransactionId(GetTopFullTransactionId()),
-			   mark != NULL ? mark->level : 1);
+	work->fence = PassFence(work, &work->fence_failure) ? Fence::Passed : Fence::Closed;
+	if (work->fence == Fence::Passed)
+		PostRest(work, mark != NULL ? mark->level : 1);
 }
 
 static void

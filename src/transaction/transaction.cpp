@@ -167,7 +167,7 @@ FreeSegments(change::Segment *segment)
 	}
 }
 
-static int64
+int64
 CountUnsent(const Work *work)
 {
 	int64 count = 0;

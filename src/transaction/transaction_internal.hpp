@@ -25,6 +25,14 @@ struct Mark
 	queue::Place place; /* of the chunk rows that were there then */
 };
 
+/* What a flush of several peers has found at the fence of one. */
+enum class Fence : char
+{
+	NotAsked,
+	Passed,
+	Closed
+};
+
 struct Work
 {
 	Work *next;
@@ -43,7 +51,9 @@ struct Work
 	bool too_large;		 /* ... since this transaction would spill more than may wait */
 	int too_large_level; /* nest level at which that was found, after merges */
 	bool degraded;		 /* was sync; the peer could not be reached: queued */
-	int64 unsent;		 /* changes not yet sent inline */
+	int64 unsent;		 /* changes that the peer is not known to have executed */
+	Fence fence;		 /* of the flush that is under way */
+	connection::Failure fence_failure;
 	sync::Work *inlined; /* NULL until the first flush */
 	bool recover;		 /* something may be left prepared at the peer */
 };
@@ -73,7 +83,7 @@ struct Current
 	MemoryContext context; /* segments; child of TopTransactionContext; NULL: nothing captured */
 	Work *works;
 	PairCount *counts;
-	bool pending_sync; /* some work has unsent changes */
+	bool pending_sync; /* some work may have unsent changes */
 	bool written;	   /* head rows are written: too late to capture more */
 	uint64 ticket;	   /* drawn and not settled; 0: none */
 	queue::Outgoing *parts[shmem::kMaxStreams];
@@ -88,8 +98,14 @@ struct Current
 
 extern Current current;
 
-/* Send what a statement left behind; see sync_flush. */
+/* Send what was captured for sync pairs and has not been sent, and wait for all answers. */
 void FlushPending();
+
+/* Send what a statement left behind, as far as that takes no wait; see sync_flush. */
+void PostPending();
+
+/* Changes of the work's segments that are not marked sent. */
+int64 CountUnsent(const Work *work);
 
 /*
  * Nothing is captured for the stream: raise or notice it if the change is
@@ -128,6 +144,9 @@ void FlushWork(Work *work, bool goes_on);
  * long, or may be a deadlock across nodes.
  */
 bool PassFence(Work *work, connection::Failure *failure);
+
+/* Whether PassFence() would succeed at once; wakes the worker if not. */
+bool FenceIsOpen(Work *work);
 
 /* Undo and merge of subtransactions. */
 void UndoTo(Work *work, int level);
