@@ -710,10 +710,29 @@ section 'the mode of a pair and of a transaction' => sub {
 		'set local', 'it did not overtake');
 	is(here('SELECT v FROM moded WHERE id = 5'),
 		'first', 'and is not committed');
-	here(q{SELECT mmrepl.resume('beta')});
-	here(q{UPDATE moded SET v = 'third' WHERE id = 5});
+
+	# From resume() on it waits for the queue, even if the worker comes late.
+	my $session = $alpha->session;
+	my $worker = $alpha->stat('beta', 'pid');
+	kill 'STOP', $worker;
+	eval {
+		here(q{SELECT mmrepl.resume('beta')});
+		is($alpha->state('beta'), 'starting', 'resumed, the stream is not shown as paused');
+		$session->start(q{UPDATE moded SET v = 'third' WHERE id = 5});
+		$alpha->poll_ok(
+			q{SELECT wait_event_type = 'Extension' OR state = 'idle' FROM pg_stat_activity
+			  WHERE pid = } . $session->pid,
+			'a sync write after resume() waits, or is done');
+		is(there('SELECT v FROM moded WHERE id = 5'), 'set local', 'it does not overtake');
+	};
+	my $error = $@;
+	kill 'CONT', $worker;
+	die $error if $error;
+	(undef, $err) = $session->finish;
+	is($err, '', 'and is not refused');
+	$session->quit;
 	is(there('SELECT v FROM moded WHERE id = 5'),
-		'third', 'then it waits for the queue and follows it');
+		'third', 'it waits for the queue and follows it');
 	synced();
 	$alpha->same_rows($beta, 'moded');
 };

@@ -260,6 +260,25 @@ section 'pause and resume that are rolled back' => sub {
 	here(q{SELECT mmrepl.resume('beta')});
 	synced();
 	$alpha->same_rows($beta, 'item');
+
+	# The worker, called to look at its row for another reason, found the old value
+	# there and took a pause back that was about to be committed: what was committed
+	# after pause() had returned could still be sent.
+	my $pauser = $alpha->session;
+	$pauser->ok('BEGIN');
+	$pauser->ok(q{SELECT mmrepl.pause('beta')});
+	here(q{SELECT mmrepl.alter_pair('item', 'beta', conflict_resolution => 'apply_remote')});
+	here(q{INSERT INTO item VALUES (303, 'paused')});
+	is(here(q{SELECT mmrepl.wait_for_replay('beta', '500 ms')}),
+		'f', 'a pause holds while other configuration is read');
+	is(there('SELECT count(*) FROM item WHERE id = 303'), '0', 'nothing is sent');
+	is($alpha->state('beta'), 'paused', 'and it is shown');
+	$pauser->ok('COMMIT');
+	is(here(q{SELECT mmrepl.wait_for_replay('beta', '100 ms')}), 'f', 'then it stays so');
+	$pauser->ok(q{SELECT mmrepl.resume('beta')});
+	$pauser->quit;
+	synced();
+	$alpha->same_rows($beta, 'item');
 };
 
 # The peer's savepoints were counted by the levels of the local subtransactions

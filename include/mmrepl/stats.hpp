@@ -49,12 +49,17 @@ struct Setback
 {
 	TimestampTz at;
 	shmem::WorkerState state;
-	int failures; /* in a row */
+	int failures; /* in a row; 0: it is no failed attempt */
 	TimestampTz next_retry_at;
 	uint64 blocked_ticket; /* 0: none */
 };
+
+/* Publishes it, and counts a failed attempt.  The log is to have it before: who sees it may look there. */
 void SetSetback(shmem::Stream &stream, int sqlstate, const char *message, const Setback &setback);
 void SetState(shmem::Stream &stream, shmem::WorkerState state);
+
+/* A pause, or its end, from now on; the state that is shown follows. */
+void SetPaused(shmem::Stream &stream, bool paused);
 const char *StateName(shmem::WorkerState state);
 
 /* Count a conflict found here while applying what came from the peer's node. */

@@ -96,6 +96,20 @@ SetSetback(shmem::Stream &stream, int sqlstate, const char *message, const Setba
 	stream.consecutive_failures = setback.failures;
 	stream.next_retry_at = setback.next_retry_at;
 	stream.blocked_ticket = setback.blocked_ticket;
+	if (setback.failures > 0)
+		pg_atomic_fetch_add_u64(&stream.counters.retries, 1);
+	SpinLockRelease(&stream.mutex);
+}
+
+void
+SetPaused(shmem::Stream &stream, bool paused)
+{
+	SpinLockAcquire(&stream.mutex);
+	stream.paused = paused;
+	if (paused)
+		stream.state = shmem::WorkerState::Paused;
+	else if (stream.state == shmem::WorkerState::Paused)
+		stream.state = shmem::WorkerState::Starting;
 	SpinLockRelease(&stream.mutex);
 }
 

@@ -183,10 +183,10 @@ PassFence(Work *work, connection::Failure *failure)
 	if (queue::Reached(stream, goal))
 		return true;
 	SpinLockAcquire(&stream.mutex);
-	shmem::WorkerState state = stream.state;
-	SpinLockRelease(&stream.mutex);
-	bool stuck = state == shmem::WorkerState::Retrying || state == shmem::WorkerState::Paused ||
+	shmem::WorkerState state = stream.paused ? shmem::WorkerState::Paused : stream.state;
+	bool stuck = stream.paused || state == shmem::WorkerState::Retrying ||
 				 state == shmem::WorkerState::Blocked;
+	SpinLockRelease(&stream.mutex);
 
 	shmem::WakeWorker(stream);
 	int bound = DeadlockBound(stream);

@@ -68,15 +68,16 @@ Applied(Feed *feed, Shipment *shipment)
 
 	RemoveLate(feed, shipment);
 	queue::Discount(stream, shipment->transactions, shipment->changes, shipment->bytes);
-	queue::Confirm(stream, shipment->confirm_to);
-	MMREPL_FAULT_POINT("worker-confirmed");
-	queue::Acknowledged(stream, shipment->confirm_to);
-	queue::ConfirmLate(stream, shipment->late_to);
+	/* Before it is confirmed: who has waited for that finds it counted. */
 	pg_atomic_fetch_add_u64(&counters.transactions_applied, shipment->transactions);
 	pg_atomic_fetch_add_u64(&counters.changes_applied, shipment->changes);
 	pg_atomic_fetch_add_u64(&counters.batches, 1);
 	NoteLag(stream, shipment->last_ticket);
 	NoteOldest(feed);
+	queue::Confirm(stream, shipment->confirm_to);
+	MMREPL_FAULT_POINT("worker-confirmed");
+	queue::Acknowledged(stream, shipment->confirm_to);
+	queue::ConfirmLate(stream, shipment->late_to);
 }
 
 /* ---- markers ---- */

@@ -68,11 +68,7 @@ SetPaused(const catalog::StreamRow *row, bool paused)
 	if (!catalog::SetPaused(row->id, paused))
 		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 						errmsg("replication stream %d was dropped meanwhile", row->id)));
-	SpinLockAcquire(&stream.mutex);
-	stream.paused = paused;
-	if (paused)
-		stream.state = shmem::WorkerState::Paused;
-	SpinLockRelease(&stream.mutex);
+	stats::SetPaused(stream, paused);
 	pg_memory_barrier();
 	transaction::WakeWorkersAtCommit();
 	transaction::WakeStreamAtEnd(slot);

@@ -82,9 +82,6 @@ ReadConfiguration(Session *session)
 	if (!session->position_loaded)
 		queue::Acknowledged(*session->shared, row.acked);
 	session->position_loaded = true;
-	SpinLockAcquire(&session->shared->mutex);
-	session->shared->paused = row.paused;
-	SpinLockRelease(&session->shared->mutex);
 
 	MemoryContextReset(session->config_context);
 	session->target = NULL;
@@ -95,16 +92,20 @@ ReadConfiguration(Session *session)
 
 /*
  * Shared memory says what the stream's row says, whoever has changed it: what is
- * seen under the row's lock is not being changed.
+ * seen under the row's lock is not being changed.  Who is changing it has told
+ * shared memory already, and calls for attention when its transaction has ended.
  */
 static void
-FollowResync(Session *session)
+FollowRow(Session *session)
 {
 	catalog::StreamRow row = {};
 
 	if (!catalog::LockStreamRow(session->stream, false) ||
-		!catalog::ReadStreamRow(session->stream, &row) ||
-		row.DiscardedUpTo() == pg_atomic_read_u64(&session->shared->discarded))
+		!catalog::ReadStreamRow(session->stream, &row))
+		return;
+	if (row.paused != session->shared->paused)
+		stats::SetPaused(*session->shared, row.paused);
+	if (row.DiscardedUpTo() == pg_atomic_read_u64(&session->shared->discarded))
 		return;
 	queue::SetDiscarded(*session->shared, row.DiscardedUpTo());
 	MMREPL_FAULT_POINT("give-up-row-followed");
@@ -136,7 +137,7 @@ Attend(Session *session)
 
 	InTransaction([&] {
 		ReadConfiguration(session);
-		FollowResync(session);
+		FollowRow(session);
 		queue::CountOldBacklog(*session->shared);
 		RequireOwnNode();
 	});
@@ -339,12 +340,10 @@ FailureText(const connection::Failure *failure)
 static void
 PublishFailure(Session *session, const connection::Failure *failure, const stats::Setback &setback)
 {
-	shmem::Stream &stream = *session->shared;
 	char *text = FailureText(failure);
 
-	stats::SetSetback(stream, failure->sqlstate, text, setback);
-	pg_atomic_fetch_add_u64(&stream.counters.retries, 1);
 	LogFailure(session, failure->sqlstate, setback.blocked_ticket, text);
+	stats::SetSetback(*session->shared, failure->sqlstate, text, setback);
 	pfree(text);
 }
 

@@ -109,17 +109,12 @@ RestFromDelivery(Session *session)
 	session->retry_at = 0;
 	session->rest_is_due = true;
 	session->upkeep_at = 0;
-	SpinLockAcquire(&session->shared->mutex);
-	session->shared->state = shmem::WorkerState::NeedsResync;
-	session->shared->consecutive_failures = 0;
-	session->shared->next_retry_at = 0;
-	session->shared->blocked_ticket = 0;
-	SpinLockRelease(&session->shared->mutex);
-	stats::SetError(*session->shared, ERRCODE_MMREPL_NEEDS_RESYNC,
-					"the stream needs a resync: more than \"mmrepl.max_queue_size\" would have "
-					"waited\nHINT:  See resync_reason.");
-	ereport(LOG,
+	ereport(LOG, /* before it is shown: who sees it may look here */
 			(errmsg("mmrepl: stream %d needs a resync, nothing is delivered", session->stream)));
+	stats::SetSetback(*session->shared, ERRCODE_MMREPL_NEEDS_RESYNC,
+					  "the stream needs a resync: more than \"mmrepl.max_queue_size\" would have "
+					  "waited\nHINT:  See resync_reason.",
+					  {GetCurrentTimestamp(), shmem::WorkerState::NeedsResync, 0, 0, 0});
 	MMREPL_FAULT_POINT("give-up-resting");
 	session->resting = true; /* not before: an error has to be followed by all of this */
 }
@@ -259,13 +254,17 @@ Wait(Session *session)
 /* ---- the loop ---- */
 
 static void
-StandAside(Session *session, bool paused)
+StandAside(Session *session)
 {
+	shmem::Stream &stream = *session->shared;
+
 	if (session->outstanding > 0)
 		return;
 	ReleaseLock(session);
-	if (paused)
-		stats::SetState(*session->shared, shmem::WorkerState::Paused);
+	SpinLockAcquire(&stream.mutex);
+	if (stream.paused) /* still */
+		stream.state = shmem::WorkerState::Paused;
+	SpinLockRelease(&stream.mutex);
 }
 
 /* Nothing waits: say so even when nothing had to be sent. */
@@ -308,7 +307,7 @@ Round(Session *session)
 	if (session->shared->paused || session->shared->handover_requests > 0)
 	{
 		Resolve(session);
-		StandAside(session, session->shared->paused);
+		StandAside(session);
 		return;
 	}
 	if (BackingOff(session))
