@@ -40,6 +40,8 @@ foreach my $target (@targets)
 		BEGIN
 			IF NEW.v = 'slow' THEN
 				PERFORM pg_sleep($delay);
+			ELSIF NEW.v = 'endless' THEN
+				PERFORM pg_sleep(10 * $MmreplCluster::timeout);
 			ELSIF NEW.v = 'bad for ' || current_database() THEN
 				RAISE EXCEPTION '% is bad', NEW.id;
 			END IF;
@@ -128,8 +130,8 @@ section 'sync, async and other tables' => sub {
 };
 
 section 'cancelled while all of them work' => sub {
-	$session->ok('SELECT 1');
-	$session->start(q{INSERT INTO many VALUES (40, 'slow')});
+	$session->ok(qq{SET mmrepl.sync_timeout = '@{[10 * $MmreplCluster::timeout]}s'});
+	$session->start(q{INSERT INTO many VALUES (40, 'endless')});
 	$beta->poll_ok(
 		q{SELECT count(*) = 3 FROM pg_stat_activity
 		  WHERE client_addr IS NOT NULL AND wait_event = 'PgSleep'},
@@ -138,6 +140,7 @@ section 'cancelled while all of them work' => sub {
 	my ($out, $err, $took) = $session->finish;
 
 	like($err, qr/ERROR:  57014/, 'cancelled');
+	$session->ok('RESET mmrepl.sync_timeout');
 	$beta->poll_ok(
 		q{SELECT count(*) = 0 FROM pg_stat_activity
 		  WHERE client_addr IS NOT NULL AND state LIKE 'idle in transaction%'

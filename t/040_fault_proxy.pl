@@ -152,7 +152,10 @@ section 'kill, reset, half-open' => sub {
 			my $timer = IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default));
 
 		$node->poll_ok("SELECT $alive", "$action: a statement runs");
-		my ($id) = map { $_->{id} } $proxy->connections;
+		my $pid = $node->safe_psql('postgres',
+			q{SELECT pid FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(1000)'
+			  AND client_addr IS NOT NULL});
+		my ($id) = map { $_->{id} } grep { ($_->{backend_pid} || 0) == $pid } $proxy->connections;
 		is($proxy->$action(only => [$id]), 1, "$action: one connection");
 		$node->safe_psql('postgres', q{
 			SELECT pg_cancel_backend(pid) FROM pg_stat_activity

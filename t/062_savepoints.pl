@@ -164,11 +164,8 @@ is( $beta->safe_psql(
 		'postgres', 'SELECT sum(conflicts) FROM mmrepl.progress'),
 	'0',
 	'no change met a row that it did not expect');
-is( $beta->safe_psql(
-		'postgres',
-		q{SELECT count(*) FROM pg_stat_activity WHERE state ~ 'in transaction'}
-	),
-	'0',
+$beta->poll_ok(
+	q{SELECT count(*) = 0 FROM pg_stat_activity WHERE state ~ 'in transaction'},
 	'nothing is left open at the peer');
 
 foreach my $node ($alpha, $beta)

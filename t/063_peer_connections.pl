@@ -27,6 +27,10 @@ $alpha->create_pair('item', 'beta', q{mode => 'sync'});
 $alpha->create_pair('other', 'beta',
 	q{mode => 'sync', on_unreachable => 'queue'});
 $alpha->poll_state('beta', 'streaming');
+# Those that the pairs were checked over are just ending.
+$beta->poll_query_until('postgres',
+	'SELECT count(*) = 1 FROM pg_stat_activity WHERE client_addr IS NOT NULL')
+  or die 'the worker is not the only one';
 my ($worker) = $beta->peer_sessions;
 my $last_id = 0;
 

@@ -134,9 +134,9 @@ section 'the extension is dropped and made again' => sub {
 		$alpha->create_pair('item', 'beta', undef, 'again');
 		$alpha->safe_psql('again', "INSERT INTO item VALUES ($round, 'again')");
 		is( $alpha->safe_psql(
-				'again', q{SELECT mmrepl.wait_for_replay('beta', '10 s')}),
+				'again', "SELECT mmrepl.wait_for_replay('beta', '$MmreplCluster::timeout s')"),
 			't',
-			"$round: it replicates at once");
+			"$round: it replicates");
 		is($alpha->stat('beta', 'stream', 'again'),
 			'1', 'the stream has the same id');
 		is( $beta->safe_psql('again', 'SELECT count(*) FROM item'),
