@@ -88,34 +88,41 @@ section 'idle sessions give their connections up' => sub {
 	$_->quit foreach @sessions;
 };
 
-section 'sixty sessions' => sub {
-	my $script = PostgreSQL::Test::Utils::tempdir() . '/insert.sql';
-	my $out = '';
-	my $most = 0;
+here('CREATE SEQUENCE ids START 100000');
 
-	here('CREATE SEQUENCE ids START 100000');
-	append_to_file($script,
-		"BEGIN;\nINSERT INTO item VALUES (nextval('ids'), 'a');\n"
-		  . "INSERT INTO item VALUES (nextval('ids'), 'b');\nCOMMIT;\n");
-	my $bench = IPC::Run::start(
-		[
-			'pgbench', '-n', '-h', $alpha->host, '-p', $alpha->port,
-			'-c', '60', '-t', '4', '-f', $script, 'postgres'
-		],
-		'>', \$out, '2>', \$out);
-	while ($bench->pumpable)
-	{
-		my $count = at_peer();
-		$most = $count if $count > $most;
-		eval { $bench->pump_nb; };
-		Time::HiRes::usleep(3000);
-	}
-	ok($bench->finish, 'no error') or diag($out);
-	is($most, $bound, 'so many connections as the setting allows');
-	is(there('SELECT count(*) FROM item WHERE id >= 100000'),
-		2 * 60 * 4, 'all is committed, here and there');
-	$alpha->same_rows($beta, 'item');
-};
+# Sessions that stay, and such that end after each transaction: a place was given away
+# when its session here had ended, while the peer's was still there.
+foreach my $connect ([], ['-C'])
+{
+	section "sixty sessions @$connect" => sub {
+		my $script = PostgreSQL::Test::Utils::tempdir() . '/insert.sql';
+		my $out = '';
+		my $most = 0;
+
+		here('DELETE FROM item WHERE id >= 100000');
+		append_to_file($script,
+			"BEGIN;\nINSERT INTO item VALUES (nextval('ids'), 'a');\n"
+			  . "INSERT INTO item VALUES (nextval('ids'), 'b');\nCOMMIT;\n");
+		my $bench = IPC::Run::start(
+			[
+				'pgbench', '-n', '-h', $alpha->host, '-p', $alpha->port,
+				'-c', '60', '-t', '4', @$connect, '-f', $script, 'postgres'
+			],
+			'>', \$out, '2>', \$out);
+		while ($bench->pumpable)
+		{
+			my $count = at_peer();
+			$most = $count if $count > $most;
+			eval { $bench->pump_nb; };
+			Time::HiRes::usleep(3000);
+		}
+		ok($bench->finish, 'no error') or diag($out);
+		is($most, $bound, 'so many connections as the setting allows');
+		is(there('SELECT count(*) FROM item WHERE id >= 100000'),
+			2 * 60 * 4, 'all is committed, here and there');
+		$alpha->same_rows($beta, 'item');
+	};
+}
 
 section 'all connections are in use' => sub {
 	set_bound(1);

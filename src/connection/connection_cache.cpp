@@ -274,4 +274,22 @@ RestCached()
 	});
 }
 
+/*
+ * The process ends, and others wait for its places: the peers' sessions end before
+ * the places are given away, or there would be more than are allowed.
+ */
+void
+CloseWanted()
+{
+	if (cache == NULL)
+		return;
+	ForEach([](Entry *entry) {
+		if (entry->conn == NULL || PQtransactionStatus(entry->conn) == PQTRANS_ACTIVE ||
+			!PlaceIsWanted(entry->place))
+			return;
+		CloseAwaited(entry->conn);
+		entry->conn = NULL;
+	});
+}
+
 } // namespace mmrepl::connection

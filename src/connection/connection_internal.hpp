@@ -51,6 +51,9 @@ void Doom(const Doomed &doomed);
 /* Close one connection, and wait a little for the end of the peer's session.  Raises nothing. */
 void CloseAwaited(PGconn *conn);
 
+/* The same for the cached ones whose places others wait for; when the process ends. */
+void CloseWanted();
+
 /* ---- places: the bound on cached connections, see connection_places.cpp; -1: uncounted ---- */
 
 /* Get a place, waiting in line if need be; false with *failure filled at the deadline. */
@@ -69,6 +72,9 @@ void UsePlace(int place);
  */
 bool RestPlace(int place);
 void YieldPlace(int place);
+
+/* Whether somebody stands in line for a place of that kind. */
+bool PlaceIsWanted(int place);
 
 /* libpq's text on a connection that could not be had, with the SQLSTATE that it holds. */
 void DescribeConnecting(PGconn *conn, const char *server_name, Failure *failure);

@@ -281,6 +281,7 @@ LeaveAll(int, Datum)
 {
 	Seat &seat = Mine();
 
+	CloseWanted();
 	CloseAll(0, (Datum) 0);
 	Locked([&] {
 		LeaveLine(&seat);
@@ -383,6 +384,12 @@ RestPlace(int place)
 		pool.leaving += wanted;
 		return wanted;
 	});
+}
+
+bool
+PlaceIsWanted(int place)
+{
+	return place >= 0 && pg_atomic_read_u32(&shared->pools[place].waiting) > 0;
 }
 
 void
