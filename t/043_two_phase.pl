@@ -262,6 +262,8 @@ section 'the peer dies with it prepared' => sub {
 	$session->start(q{INSERT INTO item VALUES (60, 'outlives the peer')});
 	waits_for_standby($session);
 	is(there($prepared), '1', 'prepared at the peer');
+	# What the worker has found there is shown once, not beside what the queue has.
+	$alpha->poll_ok(q{SELECT state = 'running' FROM mmrepl.in_doubt}, 'the worker has seen it');
 	$beta->stop('immediate');
 	hold_commits('');
 	my ($out, $err) = $session->finish;

@@ -14,9 +14,10 @@ namespace mmrepl::connection
 namespace
 {
 
-constexpr int kEndTimeout = 500;	 /* ms: bound of the attempt to end a session at the peer */
-constexpr int kSlice = 100;			 /* ms: until it is noticed that the user has given up */
-constexpr int kGoodbyeTimeout = 100; /* ms: a session that is told to end ends sooner */
+constexpr int kEndTimeout = 500; /* ms: bound of the attempt to end a session at the peer */
+constexpr int kSlice = 100;		 /* ms: until it is noticed that the user has given up */
+constexpr int kGoodbyeTimeout =
+	1000; /* ms: of a session that answered a moment ago; it takes some of them */
 
 /* The monotonic clock in milliseconds. */
 int64

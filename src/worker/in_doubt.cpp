@@ -136,21 +136,42 @@ PreparedDoubt(const catalog::StreamRow *row, const shmem::Leftover &left)
 	return doubt;
 }
 
-/* What the worker found at the peer, but for what stands in the queue. */
+/* What the worker has found at the peer. */
+struct AtPeer
+{
+	int count;
+	shmem::Leftover each[shmem::kMaxLeftovers];
+};
+
+static void
+CopyAtPeer(shmem::Stream &stream, AtPeer *left)
+{
+	SpinLockAcquire(&stream.mutex);
+	left->count = stream.n_leftovers;
+	memcpy(left->each, stream.leftovers, sizeof(left->each));
+	SpinLockRelease(&stream.mutex);
+}
+
+/*
+ * Everything in doubt of one stream.  A transaction that was found at the peer before
+ * it was committed here stands in the queue by now: what the queue says is newer.
+ */
 template <typename Fn>
 static void
-ForEachLeftover(const catalog::StreamRow *row, shmem::Stream &stream, Fn fn)
+ForEachDoubtOf(const catalog::StreamRow *row, shmem::Stream &stream, Fn fn)
 {
-	shmem::Leftover left[shmem::kMaxLeftovers];
+	AtPeer left;
 
-	SpinLockAcquire(&stream.mutex);
-	int count = stream.n_leftovers;
-
-	memcpy(left, stream.leftovers, sizeof(left));
-	SpinLockRelease(&stream.mutex);
-	for (int i = 0; i < count; i++)
-		if (left[i].state != shmem::LocalState::Committed)
-			fn(PreparedDoubt(row, left[i]));
+	CopyAtPeer(stream, &left); /* first, so that nothing is missed on its way to the queue */
+	ForEachCommitted(row, stream, [&](const Doubt &doubt) {
+		for (int i = 0; i < left.count; i++)
+			if (left.each[i].xid == doubt.xid)
+				left.each[i].state = shmem::LocalState::Committed;
+		fn(doubt);
+	});
+	for (int i = 0; i < left.count; i++)
+		if (left.each[i].state != shmem::LocalState::Committed)
+			fn(PreparedDoubt(row, left.each[i]));
 }
 
 /* Everything in doubt of the streams that `wanted` says. */
@@ -165,10 +186,8 @@ ForEachDoubt(Wanted wanted, Fn fn)
 		const catalog::StreamRow *row = (const catalog::StreamRow *) lfirst(cell);
 		int slot = queue::SlotOf(row->id);
 
-		if (slot < 0 || !wanted(*row))
-			continue;
-		ForEachCommitted(row, shmem::Get().streams[slot], fn);
-		ForEachLeftover(row, shmem::Get().streams[slot], fn);
+		if (slot >= 0 && wanted(*row))
+			ForEachDoubtOf(row, shmem::Get().streams[slot], fn);
 	}
 }
 
