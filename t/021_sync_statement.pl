@@ -42,17 +42,17 @@ here(q{INSERT INTO child VALUES (1, 1, 1, 1, 'one')});
 section 'what the peer refuses' => sub {
 	my $insert = 'INSERT INTO child (id, parent, code, n) VALUES';
 
-	my $err = refused("$insert (2, 7, 2, 1)", '23503', 'has_parent', undef,
+	my $err = refused("$insert (2, 7, 2, 1)", '23503', 'has_parent', 'child',
 		'a foreign key');
 	like($err, qr/DETAIL:  Key \(parent\)=\(7\) is not present in table "parent"/,
 		'... with its detail');
 	like($err, qr/CONTEXT: .*server "beta"/s, '... and the server');
-	refused('UPDATE child SET parent = 7', '23503', 'has_parent', undef,
+	refused('UPDATE child SET parent = 7', '23503', 'has_parent', 'child',
 		'a foreign key, by an update');
-	refused('DELETE FROM parent', '23503', 'has_parent', undef,
+	refused('DELETE FROM parent', '23503', 'has_parent', 'child',
 		'a foreign key, from the other side');
 	refused('UPDATE parent SET id = 7 WHERE id = 1',
-		'23503', 'has_parent', undef, 'and by an update');
+		'23503', 'has_parent', 'child', 'and by an update');
 	refused("$insert (2, 1, 1, 1)", '23505', 'one_code', 'child',
 		'a unique constraint');
 	refused("$insert (2, 1, 2, 0)", '23514', 'positive', 'child', 'a check');
@@ -76,9 +76,20 @@ section 'what the peer refuses' => sub {
 	$err = refused(q{UPDATE child SET v = 'bad'},
 		'XX123', 'this is bad', 'child', 'a trigger');
 	like($err, qr/DETAIL:  very bad\nHINT:  be good/, '... in its own words');
-	refused("$insert (2, 7, 2, 1)", '23503', 'has_parent', undef,
+	refused("$insert (2, 7, 2, 1)", '23503', 'has_parent', 'child',
 		'a foreign key besides a trigger: at commit');
 	there('DROP TRIGGER refuse ON child');
+
+	# What it is about can be asked for as with an error of this server.
+	like(
+		$alpha->fails(
+			'postgres', q{DO $$ DECLARE t text; c text; BEGIN
+				INSERT INTO child (id, parent, code, n) VALUES (2, 7, 2, 1);
+			EXCEPTION WHEN foreign_key_violation THEN
+				GET STACKED DIAGNOSTICS t = TABLE_NAME, c = CONSTRAINT_NAME;
+				RAISE EXCEPTION 'it was % of %', c, t;
+			END $$}),
+		qr/ERROR:  P0001: it was has_parent of child/, 'the names of table and constraint');
 
 	is(here('SELECT * FROM child'), '1|1|1|1|one', 'nothing is left of it here');
 	$alpha->same_rows($beta, $_) foreach ('parent', 'child');

@@ -7,6 +7,7 @@ use warnings;
 use FindBin;
 use lib "$FindBin::RealBin/lib";
 
+use FaultProxy;
 use MmreplCluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -149,6 +150,76 @@ section 'cancelled while all of them work' => sub {
 	is(everywhere('SELECT count(*) FROM many WHERE id = 40'), '0', 'none has it');
 	$session->ok(q{INSERT INTO many VALUES (41, 'kept')});
 	is(everywhere('SELECT v FROM many WHERE id = 41'), 'kept', 'and it goes on');
+};
+
+# What waits for one of several peers is waited for as long as for a single one.
+section 'the fence' => sub {
+	my $other = $beta->session('one');
+
+	$beta->safe_psql('one', q{INSERT INTO other VALUES (50, 'locked')});
+	here(q{SET mmrepl.mode = 'async'; SET mmrepl.capture = off; INSERT INTO other VALUES (50, 'locked')});
+	$other->ok('BEGIN; SELECT * FROM other WHERE id = 50 FOR UPDATE');
+	here(q{SET mmrepl.mode = 'async'; UPDATE other SET v = 'waits' WHERE id = 50});
+	$beta->poll_ok(q{SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event_type = 'Lock'},
+		'delivery to one of them waits');
+	$session->ok(q{SET mmrepl.sync_timeout = '1500ms'});
+	$session->start(q{INSERT INTO many VALUES (50, 'behind it')});
+	my (undef, $err, $took) = $session->finish;
+	like($err, qr/ERROR:\s+MM008: .*still queued/, 'who comes behind it waits in vain');
+	cmp_ok($took, '<', 2.8, '... once');
+	is(everywhere('SELECT count(*) FROM many WHERE id = 50'), '0', '... and none has it');
+	$other->ok('ROLLBACK');
+	$other->quit;
+	$session->ok('RESET mmrepl.sync_timeout');
+	$alpha->wait_caught_up('one');
+	$session->ok(q{INSERT INTO many VALUES (50, 'behind it')});
+	is(everywhere('SELECT count(*) FROM many WHERE id = 50'), '1', 'afterwards all have it');
+};
+
+# The sessions there are ended all at the same time.
+section 'given up while none of six answers' => sub {
+	my $proxy = FaultProxy->new(port => $beta->port);
+	my $port = $proxy->port;
+
+	foreach my $target ('four', 'five', 'six')
+	{
+		$beta->install_extension($target);
+		$beta->safe_psql($target, $ddl);
+		$alpha->add_peer($beta, server => $target, peer_dbname => $target);
+		$alpha->create_pair('many', $target, q{mode => 'sync'});
+	}
+	foreach my $target (@targets, 'four', 'five', 'six')
+	{
+		here("ALTER SERVER $target OPTIONS (SET port '$port')");
+		$alpha->poll_state($target, 'streaming');
+	}
+	foreach my $how ('a statement', 'COMMIT', 'a statement after others', 'ROLLBACK', 'a statement, timeout')
+	{
+		my $id = 60 + length $how;
+		my $sleep = $how eq 'a statement after others' ? '; SELECT pg_sleep(60)' : '';
+		my %worker = map { $_->{id} => 1 } $proxy->connections;
+		my $one = $alpha->session;
+
+		$one->ok("INSERT INTO many VALUES ($id, 'warm')");
+		my @mine = grep { !$worker{$_} } map { $_->{id} } $proxy->connections;
+		$one->ok('BEGIN; UPDATE many SET v = v WHERE id = ' . $id) if $how !~ /^a statement(?:, timeout)?$/;
+		$one->ok(q{SET mmrepl.sync_timeout = '1500ms'}) if $how =~ /timeout/;
+		$proxy->hold(only => \@mine);
+		$one->start($how eq 'COMMIT' || $how eq 'ROLLBACK' ? $how
+			: $sleep ? 'SELECT pg_sleep(60)' : "UPDATE many SET v = 'held' WHERE id = $id");
+		$alpha->poll_ok(q{SELECT wait_event IS NOT NULL OR state LIKE 'idle%' FROM pg_stat_activity WHERE pid = }
+			  . $one->pid, "$how: the session waits");
+		my $start = Time::HiRes::time();
+		here('SELECT pg_cancel_backend(' . $one->pid . ')') if $how !~ /ROLLBACK|timeout/;
+		my (undef, $err) = $one->finish;
+		my $took = Time::HiRes::time() - $start;
+		cmp_ok($took, '<', $how =~ /timeout/ ? 4 : 2, "... answered within a second, or in time: $took");
+		like($err, $how eq 'ROLLBACK' ? qr/^$/ : $how =~ /timeout/ ? qr/MM008/ : qr/57014/, '... and told');
+		$one->quit;
+		$proxy->kill(only => \@mine);
+	}
+	$alpha->wait_caught_up($_) foreach (@targets, 'four', 'five', 'six');
+	is(everywhere('SELECT count(*) FROM many WHERE id > 60'), '5', 'all have what was committed');
 };
 
 $session->quit;

@@ -378,6 +378,30 @@ section 'skipped while it is prepared there' => sub {
 	settled();
 };
 
+# skip() is not committed yet: the peer must neither get what it drops nor lose it.
+section 'a look while skip() is under way' => sub {
+	hold_commits('nobody');
+	my $session = $alpha->session;
+	$session->start(q{INSERT INTO item VALUES (84, 'skipped')});
+	waits_for_standby($session);
+	$beta->stop('immediate');
+	hold_commits('');
+	$session->finish;
+	$alpha->poll_ok(q{SELECT count(*) = 1 FROM mmrepl.in_doubt}, 'in doubt');
+	$session->ok('BEGIN');
+	$session->ok(q{SELECT mmrepl.skip('beta', ticket, 'not wanted') FROM mmrepl.in_doubt});
+	$beta->start;
+	$alpha->poll_ok(q{SELECT count(*) = 1 FROM mmrepl.in_doubt WHERE state = 'running'},
+		'the worker has looked, and leaves it');
+	is(there($prepared), '1', 'it is prepared there still');
+	$session->ok('COMMIT');
+	$beta->poll_ok("SELECT ($prepared) = 0", 'afterwards the peer is rid of it');
+	is(there('SELECT count(*) FROM item WHERE id = 84'), '0', 'and does not have it');
+	here(q{BEGIN; SET LOCAL mmrepl.mode = 'async'; DELETE FROM item WHERE id = 84; COMMIT});
+	settled();
+	$session->quit;
+};
+
 section 'a queue that is given up with it' => sub {
 	hold_commits('nobody');
 	my $session = $alpha->session;

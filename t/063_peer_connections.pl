@@ -15,7 +15,7 @@ use Time::HiRes ();
 
 my $bound = 5;
 my ($alpha, $beta) = MmreplCluster->new_pair(
-	conf => "max_connections = 100\nmmrepl.max_peer_connections = $bound\n");
+	conf => "max_connections = 100\ndeadlock_timeout = 300ms\nmmrepl.max_peer_connections = $bound\n");
 
 sub here { return $alpha->safe_psql('postgres', $_[0]) }
 sub there { return $beta->safe_psql('postgres', $_[0]) }
@@ -219,6 +219,61 @@ section 'all connections are in use' => sub {
 	$alpha->wait_caught_up('beta');
 	$alpha->same_rows($beta, 'item');
 	$_->quit foreach ($holder, $waiter, $third_one);
+};
+
+# A session that stands in line has a lock that the only one with a place waits for.
+section 'a deadlock about connections' => sub {
+	here('CREATE TABLE plain (id int PRIMARY KEY); INSERT INTO plain VALUES (1)');
+	set_bound(1);
+	my ($holder, $waiter) = map { $alpha->session } (1 .. 2);
+
+	$holder->ok(insert());
+	$waiter->ok('BEGIN; SELECT * FROM plain FOR UPDATE');
+	$holder->ok('BEGIN');
+	$holder->start('SELECT * FROM plain FOR UPDATE');
+	$alpha->poll_ok(q{SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = } . $holder->pid,
+		'who has the connection waits for a lock');
+	$waiter->start(insert());
+	my (undef, $err, $took) = $waiter->finish;
+	like($err, qr/ERROR:\s+40P01: deadlock while waiting for a connection to server "beta"/,
+		'who has the lock and wants the connection gets 40P01');
+	like($err, qr/HINT:\s+Retry the transaction/, '... and the hint to retry');
+	cmp_ok($took, '<', 4, '... long before sync_timeout');
+	$waiter->ok('ROLLBACK');
+	(undef, $err) = $holder->finish;
+	is($err, '', 'the other one goes on');
+	$holder->ok('COMMIT');
+
+	# No deadlock: who has the connection waits for nobody in line.
+	$holder->ok('BEGIN; SELECT * FROM plain FOR UPDATE');
+	$holder->ok(insert());
+	$waiter->start(insert());
+	waits($waiter);
+	$holder->ok('SELECT pg_sleep(1.5)');
+	$holder->ok('COMMIT');
+	(undef, $err) = $waiter->finish;
+	is($err, '', 'who is waited for by nobody waits on');
+	$alpha->same_rows($beta, 'item');
+	$_->quit foreach ($holder, $waiter);
+};
+
+# Nobody asks for a connection, and yet the setting holds.
+section 'a lower bound is for those who are idle' => sub {
+	set_bound(4);
+	# The worker has connected again meanwhile.
+	$beta->poll_ok('SELECT count(*) = 1 FROM pg_stat_activity WHERE client_addr IS NOT NULL', 'only the worker is there');
+	($worker) = $beta->peer_sessions;
+	my @sessions = map { $alpha->session } (1 .. 4);
+
+	$_->ok(insert()) foreach @sessions;
+	is(at_peer(), 4, 'four connections');
+	set_bound(2);
+	$watch->{deadline} = time + $PostgreSQL::Test::Utils::timeout_default;
+	Time::HiRes::usleep(20_000) while at_peer() > 2 && time < $watch->{deadline};
+	is(at_peer(), 2, 'two of them are given up, without anybody wanting one');
+	$_->ok(insert()) foreach @sessions;
+	$alpha->same_rows($beta, 'item');
+	$_->quit foreach @sessions;
 };
 
 foreach my $node ($alpha, $beta)

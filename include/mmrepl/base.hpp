@@ -32,4 +32,17 @@ RunUtility(ProcessUtility_hook_type previous, const UtilityCall &call)
 															call.dest, call.completion);
 }
 
+/* Sessions, and those for which they wait: a set of process ids, in the order of finding. */
+struct WaitChain
+{
+	static constexpr int kMax = 256; /* sessions that are asked about, at the most */
+
+	int pids[kMax];
+	int count;
+
+	void Add(int pid);
+	/* Add whom the i-th one waits for: for a lock, or behind somebody in line for it. */
+	void AddBlockersOf(int i);
+};
+
 } // namespace mmrepl

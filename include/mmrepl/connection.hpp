@@ -54,6 +54,10 @@ struct Failure
 	char *detail;
 	char *hint;
 	char *context;
+	char *schema; /* what it is about, where the peer says so */
+	char *table;
+	char *column;
+	char *constraint;
 };
 
 /* Deadlines are TimestampTz; kNoDeadline waits for ever (but interruptibly). */
@@ -123,6 +127,12 @@ void EndDoomed();
  * Raises nothing; waits some milliseconds for the end of a session there.
  */
 void RestCached();
+
+/*
+ * After the configuration was read: a changed mmrepl.max_peer_connections holds at
+ * once, also for sessions that are idle or stand in line.
+ */
+void FollowBound();
 
 /* Shared memory of the bound on cached connections. */
 Size SharedSize();

@@ -178,11 +178,18 @@ bool RewindSurvey(Survey *survey, uint64 after);
 /* The head row with this very ticket; false when there is none. */
 bool FindHead(int32 stream, uint64 ticket, Ref *ref);
 
+/* The head of a committed two-phase transaction. */
+struct FoundHead
+{
+	uint64 ticket; /* 0: it has none */
+	bool going;	   /* it is being deleted: wait for the end of whoever does it */
+};
+
 /*
- * The tickets of committed two-phase transactions of the stream by their xids, in
- * one reading of the tables: tickets[i] belongs to xids[i], 0: it has no head.
+ * The heads of committed two-phase transactions of the stream by their xids, in
+ * one reading of the tables: heads[i] belongs to xids[i].
  */
-void FindHeads(int32 stream, const uint64 *xids, int count, uint64 *tickets);
+void FindHeads(int32 stream, const uint64 *xids, int count, FoundHead *heads);
 
 /* Receives segments one after the other; the bytes live during the call. */
 using SegmentSink = void (*)(void *arg, const char *data, uint32 length);

@@ -300,6 +300,7 @@ void RequestScoutOf(Oid database);
 void WakeWorker(Stream &stream);
 void CallForAttention(Stream &stream); /* wake it and let it read its configuration */
 void RequestRecovery(Stream &stream);  /* and let it look for prepared transactions of ours */
+void RequestRetry(Stream &stream);	   /* and let it try at once what it would try later */
 void WakeLauncher();
 void NudgeWorkersOf(Oid database); /* wake only */
 void WakeWorkersOf(Oid database);  /* and let them read their configuration and retry now */

@@ -91,6 +91,9 @@ bool Flush(Work *work, change::Segment *first, int64 changes, uint64 xid, int ne
  */
 void Post(Work *work, change::Segment *first, uint64 xid, int nest_level);
 
+/* From now on the answers are waited for: mmrepl.sync_timeout counts, for several peers at a time. */
+void Expect(Work *work);
+
 /* The last segment that was posted; NULL when none is, or the peer was not reached. */
 change::Segment *LastPosted(const Work *work);
 

@@ -68,4 +68,10 @@ void FollowResyncAtCommit(int32 stream, int slot, bool copying);
 /* Remember to wake a stream's worker when this transaction ends in any way (ordering lock). */
 void WakeStreamAtEnd(int stream_slot);
 
+/*
+ * If this transaction commits, the stream's worker is to try at once what it would
+ * try later, and with `recover` to look for prepared transactions of ours.
+ */
+void RetryAtCommit(int stream_slot, bool recover);
+
 } // namespace mmrepl::transaction

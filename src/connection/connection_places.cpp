@@ -15,6 +15,7 @@
  */
 #include "connection_internal.hpp"
 
+#include "mmrepl/base.hpp"
 #include "mmrepl/guc.hpp"
 #include "mmrepl/shmem.hpp"
 
@@ -55,7 +56,8 @@ struct Seat
 
 struct Shared
 {
-	int bound; /* the setting, as the newest session to ask knows it; 0: none */
+	int bound; /* the setting, as whoever has read it last knows it; 0: none */
+	TimestampTz bound_as_of;
 	uint64 last_turn;
 	Pool pools[kPools];
 	Seat seats[FLEXIBLE_ARRAY_MEMBER]; /* by index of the process */
@@ -229,22 +231,98 @@ AskIdle(int pool, bool everyone)
 	return leased;
 }
 
+/* ---- deadlocks ---- */
+
+/* Who has a place of a pool, and who stands in line for one. */
+struct Parties
+{
+	int n_holders;
+	int n_line;
+	int *holders;
+	int *line;
+};
+
+Parties
+PartiesOf(int pool)
+{
+	Parties parties = {0, 0, (int *) palloc(sizeof(int) * MaxBackends),
+					   (int *) palloc(sizeof(int) * MaxBackends)};
+
+	Locked([&] {
+		for (int i = 0; i < MaxBackends; i++)
+		{
+			const Seat &seat = shared->seats[i];
+
+			if (seat.held & Bit(pool))
+				parties.holders[parties.n_holders++] = seat.pid;
+			if (seat.wanted == pool)
+				parties.line[parties.n_line++] = seat.pid;
+		}
+	});
+	return parties;
+}
+
+/* Whether the session waits for a lock of somebody in line; *us: who is this one. */
+bool
+WaitsForLine(int pid, const Parties &parties, bool *us)
+{
+	WaitChain chain = {};
+
+	chain.Add(pid);
+	for (int i = 0; i < chain.count; i++)
+	{
+		for (int k = 0; k < parties.n_line; k++)
+			if (parties.line[k] == chain.pids[i])
+			{
+				*us |= chain.pids[i] == MyProcPid;
+				return true;
+			}
+		chain.AddBlockersOf(i);
+	}
+	return false;
+}
+
+/*
+ * Whether no place becomes free because everybody who has one waits for locks of
+ * those in line, and one of them for ours.
+ */
+bool
+IsDeadlock(int pool)
+{
+	Parties parties = PartiesOf(pool);
+	bool us = false;
+
+	for (int i = 0; i < parties.n_holders; i++)
+		if (!WaitsForLine(parties.holders[i], parties, &us))
+			return false;
+	return us;
+}
+
 /* ---- waiting ---- */
 
-/* Wait until a place was granted; false at the deadline. */
+/* Wait until a place was granted; false at the deadline, or (*deadlock) when it is in vain. */
 bool
-WaitInLine(Seat *seat, int pool, TimestampTz deadline)
+WaitInLine(Seat *seat, int pool, TimestampTz deadline, bool *deadlock)
 {
+	long bound = guc::sync_lock_timeout > 0 ? guc::sync_lock_timeout : 2L * DeadlockTimeout;
+	TimestampTz look = DeadlineIn((int) Min(bound, INT_MAX));
 	bool everyone = false;
 
 	while (pg_atomic_read_u32(&seat->granted) == 0)
 	{
+		if (Remaining(look) == 0)
+		{
+			*deadlock = IsDeadlock(pool);
+			if (*deadlock)
+				return false;
+			look = DeadlineIn((int) Min(bound, INT_MAX));
+		}
 		long left = Remaining(deadline);
 		bool leased = Locked([&] {
 			ServeLine(pool); /* the bound may have been raised */
 			return FirstInLine(pool) == seat && AskIdle(pool, everyone);
 		});
-		long longest = leased ? kLease : kAskAgain;
+		long longest = Min(leased ? kLease : kAskAgain, Max(Remaining(look), 1));
 
 		if (left == 0)
 			return false;
@@ -273,6 +351,18 @@ FailCrowded(const char *server_name, bool too_many_servers, Failure *failure)
 							   shared->bound);
 	failure->hint = pstrdup("Raise mmrepl.max_peer_connections, or let sessions wait longer with "
 							"mmrepl.sync_timeout.");
+}
+
+void
+FailDeadlocked(const char *server_name, Failure *failure)
+{
+	SetFailure(failure, ERRCODE_T_R_DEADLOCK_DETECTED,
+			   psprintf("deadlock while waiting for a connection to server \"%s\"", server_name));
+	failure->detail =
+		psprintf("Those who have the %d that \"mmrepl.max_peer_connections\" allows wait "
+				 "for locks of sessions that stand in line for one.",
+				 shared->bound);
+	failure->hint = pstrdup("Retry the transaction, or raise mmrepl.max_peer_connections.");
 }
 
 /* The process ends: its connections are closed, and nobody waits for it or because of it. */
@@ -308,12 +398,13 @@ TakePlace(Oid server, Oid owner, const char *server_name, TimestampTz deadline, 
 	static bool prepared = false;
 	Seat &seat = Mine();
 	bool granted = false;
+	bool deadlock = false;
 
 	if (!prepared)
 		on_shmem_exit(LeaveAll, (Datum) 0);
 	prepared = true;
+	FollowBound();
 	*place = Locked([&] {
-		shared->bound = guc::max_peer_connections;
 		int pool = FindPool(server, owner);
 
 		if (pool >= 0)
@@ -323,13 +414,16 @@ TakePlace(Oid server, Oid owner, const char *server_name, TimestampTz deadline, 
 	if (*place < 0 && guc::max_peer_connections == 0)
 		return true;
 	if (*place >= 0)
-		Guarded([&] { granted = WaitInLine(&seat, *place, deadline); },
+		Guarded([&] { granted = WaitInLine(&seat, *place, deadline, &deadlock); },
 				[&] { LeavePlace(*place); });
 	if (granted)
 		return true;
 	if (*place >= 0)
 		LeavePlace(*place);
-	FailCrowded(server_name, *place < 0, failure);
+	if (deadlock)
+		FailDeadlocked(server_name, failure);
+	else
+		FailCrowded(server_name, *place < 0, failure);
 	return false;
 }
 
@@ -399,6 +493,45 @@ YieldPlace(int place)
 	LeavePlace(place);
 }
 
+/* Ask those that are idle for the places beyond the bound; the others give them up by themselves. */
+static void
+AskForExcess(int index)
+{
+	int excess = shared->bound == 0 ? 0 : shared->pools[index].held - shared->bound;
+
+	for (int i = 0; i < MaxBackends && excess > 0; i++)
+	{
+		Seat &seat = shared->seats[i];
+
+		if (!(seat.held & Bit(index)) || !(pg_atomic_read_u64(&seat.idle) & Bit(index)))
+			continue;
+		excess--;
+		seat.asked |= Bit(index);
+		WakeIdleSession(seat.pid);
+	}
+}
+
+/* Who has read the configuration before somebody else did is not believed. */
+void
+FollowBound()
+{
+	if (PgReloadTime <= shared->bound_as_of)
+		return;
+	Locked([&] {
+		if (PgReloadTime <= shared->bound_as_of)
+			return;
+		shared->bound_as_of = PgReloadTime;
+		if (shared->bound == guc::max_peer_connections)
+			return;
+		shared->bound = guc::max_peer_connections;
+		for (int pool = 0; pool < kPools; pool++)
+		{
+			ServeLine(pool);
+			AskForExcess(pool);
+		}
+	});
+}
+
 /* ---- shared memory ---- */
 
 Size
@@ -414,6 +547,8 @@ InitShared(bool found, void *where)
 	if (found)
 		return;
 	memset(shared, 0, SharedSize());
+	shared->bound = guc::max_peer_connections;
+	shared->bound_as_of = PgReloadTime;
 	for (int i = 0; i < MaxBackends; i++)
 		shared->seats[i].wanted = -1;
 }

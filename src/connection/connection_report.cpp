@@ -131,6 +131,10 @@ Describe(PGconn *conn, const PGresult *res, Failure *failure)
 	failure->detail = CopyField(PQresultErrorField(res, PG_DIAG_MESSAGE_DETAIL));
 	failure->hint = CopyField(PQresultErrorField(res, PG_DIAG_MESSAGE_HINT));
 	failure->context = CopyField(PQresultErrorField(res, PG_DIAG_CONTEXT));
+	failure->schema = CopyField(PQresultErrorField(res, PG_DIAG_SCHEMA_NAME));
+	failure->table = CopyField(PQresultErrorField(res, PG_DIAG_TABLE_NAME));
+	failure->column = CopyField(PQresultErrorField(res, PG_DIAG_COLUMN_NAME));
+	failure->constraint = CopyField(PQresultErrorField(res, PG_DIAG_CONSTRAINT_NAME));
 
 	if (failure->message == NULL && res != NULL && PQresultErrorMessage(res)[0] != '\0')
 		failure->message = CopyField(PQresultErrorMessage(res));
@@ -151,6 +155,20 @@ Report(PGconn *conn, PGresult *res, const char *server_name, const char *command
 	ReportFailure(&failure, server_name, command);
 }
 
+/* The failure's table is to be named: its context says nothing of it, as with foreign keys. */
+static bool
+NeedsTable(const Failure *failure)
+{
+	return failure->schema != NULL && failure->table != NULL &&
+		   (failure->context == NULL || strstr(failure->context, "relation \"") == NULL);
+}
+
+static int
+SetName(int field, const char *name)
+{
+	return name != NULL ? err_generic_string(field, name) : 0;
+}
+
 /* Raise a failure with all its fields, and where it happened as context. */
 void
 ReportFailure(const Failure *failure, const char *server_name, const char *command)
@@ -159,7 +177,14 @@ ReportFailure(const Failure *failure, const char *server_name, const char *comma
 			(errcode(failure->sqlstate), errmsg_internal("%s", failure->message),
 			 failure->detail ? errdetail_internal("%s", failure->detail) : 0,
 			 failure->hint ? errhint("%s", failure->hint) : 0,
+			 SetName(PG_DIAG_SCHEMA_NAME, failure->schema),
+			 SetName(PG_DIAG_TABLE_NAME, failure->table),
+			 SetName(PG_DIAG_COLUMN_NAME, failure->column),
+			 SetName(PG_DIAG_CONSTRAINT_NAME, failure->constraint),
 			 failure->context ? (errcontext("%s", failure->context)) : 0,
+			 NeedsTable(failure)
+				 ? (errcontext("relation \"%s.%s\"", failure->schema, failure->table))
+				 : 0,
 			 command ? (errcontext("remote command on server \"%s\": %s", server_name, command))
 					 : (errcontext("server \"%s\"", server_name))));
 }

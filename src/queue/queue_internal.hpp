@@ -33,6 +33,7 @@ struct Row
 	uint64 seq;
 	uint32 changes;
 	uint16 flags;
+	TransactionId deleter; /* somebody deletes it, did or tried to; invalid: nobody */
 	const char *payload;
 	uint32 payload_length;
 };

@@ -20,6 +20,9 @@ DecodeRow(HeapTuple tuple, TupleDesc desc, Row *row)
 	row->xid = (uint64) DatumGetInt64(values[kXid]);
 	row->stream = DatumGetInt32(values[kStream]);
 	row->flags = (uint16) DatumGetInt16(values[kFlags]);
+	row->deleter = (tuple->t_data->t_infomask & HEAP_XMAX_INVALID) != 0
+					   ? InvalidTransactionId
+					   : HeapTupleHeaderGetRawXmax(tuple->t_data);
 	row->seq = nulls[kSeq] ? 0 : (uint64) DatumGetInt64(values[kSeq]);
 	row->changes = nulls[kChanges] ? 1 : (uint32) DatumGetInt32(values[kChanges]);
 	bytea *payload = (bytea *) DatumGetPointer(values[kPayload]);
@@ -76,17 +79,25 @@ FindHead(int32 stream, uint64 ticket, Ref *ref)
 	return found;
 }
 
-void
-FindHeads(int32 stream, const uint64 *xids, int count, uint64 *tickets)
+/* Whether the row goes, as far as can be told now: its deletion may still be rolled back. */
+static bool
+IsGoing(const Row &row)
 {
-	memset(tickets, 0, sizeof(uint64) * count);
+	return TransactionIdIsValid(row.deleter) &&
+		   (TransactionIdIsInProgress(row.deleter) || TransactionIdDidCommit(row.deleter));
+}
+
+void
+FindHeads(int32 stream, const uint64 *xids, int count, FoundHead *heads)
+{
+	memset(heads, 0, sizeof(FoundHead) * count);
 	WithLatestSnapshot([&] {
 		ScanQueue([&](uint32, const Row &row, const ItemPointerData &) {
 			if (row.stream != stream || !(row.flags & kTwoPhase))
 				return;
 			for (int i = 0; i < count; i++)
 				if (xids[i] == row.xid)
-					tickets[i] = row.ticket;
+					heads[i] = {row.ticket, IsGoing(row)};
 		});
 	});
 }

@@ -410,6 +410,15 @@ RequestRecovery(Stream &stream)
 }
 
 void
+RequestRetry(Stream &stream)
+{
+	SpinLockAcquire(&stream.mutex);
+	stream.retry_now = true;
+	SpinLockRelease(&stream.mutex);
+	WakeWorker(stream);
+}
+
+void
 RequestScout()
 {
 	if (mine != NULL)

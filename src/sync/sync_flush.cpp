@@ -110,11 +110,14 @@ Break(Work *work, const Failure *failure)
 {
 	work->broken = true;
 	work->refusal = InContext(TopTransactionContext, [&] {
-		auto copy = [](const char *text) { return text == NULL ? NULL : pstrdup(text); };
 		Failure *kept = (Failure *) palloc(sizeof(Failure));
 
-		*kept = {failure->sqlstate, copy(failure->message), copy(failure->detail),
-				 copy(failure->hint), copy(failure->context)};
+		*kept = *failure;
+		char **fields[] = {&kept->message, &kept->detail, &kept->hint,	 &kept->context,
+						   &kept->schema,  &kept->table,  &kept->column, &kept->constraint};
+
+		for (char **field : fields)
+			*field = *field == NULL ? NULL : pstrdup(*field);
 		return kept;
 	});
 }
@@ -274,6 +277,15 @@ Post(Work *work, Segment *first, uint64 xid, int nest_level)
 			work->posted = posted;
 		},
 		[&] { Abandon(work, Kept(work)); });
+}
+
+void
+Expect(Work *work)
+{
+	if (work->posted == NULL)
+		return;
+	work->posted->expected = true;
+	work->posted->request.deadline = connection::DeadlineIn(guc::sync_timeout);
 }
 
 Segment *

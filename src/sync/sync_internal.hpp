@@ -51,6 +51,7 @@ struct Posted
 	Pipeline pipeline;
 	Outcome outcome; /* of the way to the peer; Done: they were sent */
 	bool fresh;		 /* the connection was made for it */
+	bool expected;	 /* the request's deadline is the answer's */
 	uint32 kept;	 /* batches that stood at the peer before */
 	Size bytes;
 	change::Segment *first;

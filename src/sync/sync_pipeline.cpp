@@ -351,7 +351,8 @@ FinishPost(const Request &request, Segment **next, bool *fresh)
 
 	request.work->posted = NULL;
 	*fresh = posted->fresh;
-	posted->request.deadline = request.deadline;
+	if (!posted->expected)
+		posted->request.deadline = request.deadline;
 	if (outcome == Outcome::Done)
 		outcome = FinishPipeline(&posted->pipeline);
 	*request.failure = posted->failure;

@@ -264,14 +264,41 @@ SettleAll(queue::Fate fate)
 	CallRecovery();
 }
 
+/* What to do when the transaction has released everything. */
+static struct
+{
+	bool launcher;
+	bool workers;
+	uint64 streams; /* bit mask of slots */
+	uint64 retry;
+	uint64 recover;
+	Work *works; /* of which some peer's commit was not waited for; NULL: of none */
+} later;
+
+static void
+NoteLater(bool committed)
+{
+	later.streams |= current.wake_streams;
+	if (!committed)
+		return;
+	later.launcher |= current.wake_launcher;
+	later.workers |= current.wake_workers;
+	later.retry |= current.retry_streams;
+	later.recover |= current.recover_streams;
+	for (Work *work = current.works; work != NULL; work = work->next)
+		if (work->inlined != NULL && work->inlined->cancelled)
+			later.works = current.works;
+}
+
 /*
  * The user did not want to wait for a peer's commit: he is told what that means,
- * and the cancel has had its effect.  All is settled by now.
+ * and the cancel has had its effect.  A slow client keeps nobody waiting: the
+ * locks are released by now.
  */
 static void
-TellCancelled()
+TellCancelled(Work *works)
 {
-	for (Work *work = current.works; work != NULL; work = work->next)
+	for (Work *work = works; work != NULL; work = work->next)
 	{
 		if (work->inlined == NULL || !work->inlined->cancelled)
 			continue;
@@ -284,20 +311,14 @@ TellCancelled()
 	}
 }
 
-/* Whom to wake when the transaction has released everything. */
-static struct
-{
-	bool launcher;
-	bool workers;
-	uint64 streams; /* bit mask of slots */
-} to_wake;
-
+/* Call fn with the stream of each slot of a bit mask. */
+template <typename Fn>
 static void
-NoteWakes(bool committed)
+ForStreams(uint64 slots, Fn fn)
 {
-	to_wake.streams |= current.wake_streams;
-	to_wake.launcher |= committed && current.wake_launcher;
-	to_wake.workers |= committed && current.wake_workers;
+	for (int slot = 0; slots != 0; slot++, slots >>= 1)
+		if (slots & 1)
+			fn(shmem::Get().streams[slot]);
 }
 
 /*
@@ -310,16 +331,20 @@ OnResourceRelease(ResourceReleasePhase phase, bool, bool top_level, void *)
 	if (phase != RESOURCE_RELEASE_AFTER_LOCKS || !top_level)
 		return;
 	connection::RestCached();
-	if (to_wake.streams != 0)
+	if (later.streams != 0)
 		MMREPL_CRASH_POINT("commit-before-wake");
-	for (int slot = 0; to_wake.streams != 0; slot++, to_wake.streams >>= 1)
-		if (to_wake.streams & 1)
-			shmem::CallForAttention(shmem::Get().streams[slot]);
-	if (to_wake.launcher && shmem::Ready())
+	ForStreams(later.recover, shmem::RequestRecovery);
+	ForStreams(later.retry, shmem::RequestRetry);
+	ForStreams(later.streams, shmem::CallForAttention);
+	if (later.launcher && shmem::Ready())
 		shmem::RequestScout();
-	if (to_wake.workers && shmem::Ready())
+	if (later.workers && shmem::Ready())
 		shmem::WakeWorkersOf(MyDatabaseId);
-	to_wake = {};
+
+	Work *works = later.works;
+
+	later = {};
+	TellCancelled(works);
 }
 
 static void
@@ -356,14 +381,11 @@ AfterEnd(queue::Fate fate)
 		SettleAll(fate);
 		MMREPL_CRASH_POINT("commit-ticket-settled");
 		if (fate == queue::Fate::Committed)
-		{
 			AddPairCounts();
-			TellCancelled();
-		}
 	}
 	if (current.late != NULL)
 		EndLateCommit(*current.late);
-	NoteWakes(fate == queue::Fate::Committed);
+	NoteLater(fate == queue::Fate::Committed);
 	current = {};
 	preparing_ours = false;
 	origin::Reset();

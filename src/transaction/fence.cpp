@@ -47,41 +47,11 @@ FailForResync(const Work *work, connection::Failure *failure)
 
 /* ---- deadlocks ---- */
 
-constexpr int kMaxChain = 256; /* sessions that are asked about, at the most */
-
-/* Sessions that wait, one for the other. */
-struct Chain
-{
-	int pids[kMaxChain];
-	int count;
-
-	void Add(int pid)
-	{
-		for (int i = 0; i < count; i++)
-			if (pids[i] == pid)
-				return;
-		if (pid > 0 && count < kMaxChain)
-			pids[count++] = pid;
-	}
-};
-
-/* Add whom the session waits for. */
-static void
-AddBlockers(Chain *chain, int pid)
-{
-	Datum blockers = DirectFunctionCall1(pg_blocking_pids, Int32GetDatum(pid));
-	ArrayType *array = DatumGetArrayTypeP(blockers);
-	int count = ArrayGetNItems(ARR_NDIM(array), ARR_DIMS(array));
-
-	for (int i = 0; i < count; i++)
-		chain->Add(((const int32 *) ARR_DATA_PTR(array))[i]);
-}
-
 /* Whether a session that a peer has opened here waits for this one, directly or not. */
 static bool
 PeersWaitForUs()
 {
-	Chain chain = {};
+	WaitChain chain = {};
 
 	for (int i = 0; i < shmem::Get().n_slots; i++)
 	{
@@ -94,7 +64,7 @@ PeersWaitForUs()
 	{
 		if (chain.pids[i] == MyProcPid)
 			return true;
-		AddBlockers(&chain, chain.pids[i]);
+		chain.AddBlockersOf(i);
 	}
 	return false;
 }

@@ -217,9 +217,10 @@ PostPending()
 
 /*
  * Send what the work has, if it is all of one level, and do not wait.  Where
- * something was posted before, its answers come before the fence: the flush does that.
+ * something was posted before, its answers come before the fence: the flush does
+ * that.  False when the fence is closed.
  */
-static void
+static bool
 PostWork(Work *work)
 {
 	Mark *mark = work->marks;
@@ -228,20 +229,24 @@ PostWork(Work *work)
 	EnsureInlined(work);
 	work->fence = Fence::NotAsked;
 	if (mark != NULL && mark->segment != NULL && unsent->seq <= mark->segment->seq)
-		return;
+		return true;
 	if (work->inlined->posted != NULL && !FenceIsOpen(work))
-		return;
+		return true;
 	work->fence = PassFence(work, &work->fence_failure) ? Fence::Passed : Fence::Closed;
 	if (work->fence == Fence::Passed)
 		PostRest(work, mark != NULL ? mark->level : 1);
+	return work->fence == Fence::Passed;
 }
 
 static void
 UnpostAll()
 {
 	for (Work *work = current.works; work != NULL; work = work->next)
+	{
+		work->fence = Fence::NotAsked;
 		if (work->inlined != NULL)
 			sync::Unpost(work->inlined);
+	}
 }
 
 /* Nobody is to wait any longer. */
@@ -262,7 +267,12 @@ FlushPosted()
 	ErrorData *first = NULL;
 
 	for (Work *work = current.works; work != NULL; work = work->next)
+		if (work->inlined != NULL)
+			sync::Expect(work->inlined);
+	for (Work *work = current.works; work != NULL; work = work->next)
 	{
+		if (first != NULL && (work->inlined == NULL || work->inlined->posted == NULL))
+			continue;
 		ErrorData *error = Caught([&] { FlushWork(work, false); });
 
 		if (first == NULL)
@@ -282,9 +292,11 @@ FlushTogether()
 {
 	Guarded(
 		[&] {
-			for (Work *work = current.works; work != NULL; work = work->next)
+			bool open = true;
+
+			for (Work *work = current.works; work != NULL && open; work = work->next)
 				if (HasUnsent(work))
-					PostWork(work);
+					open = PostWork(work) || work->route.queue_when_unreachable;
 		},
 		[&] { UnpostAll(); });
 	FlushPosted();

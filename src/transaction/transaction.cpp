@@ -363,4 +363,11 @@ WakeStreamAtEnd(int stream_slot)
 	current.wake_streams |= UINT64CONST(1) << stream_slot;
 }
 
+void
+RetryAtCommit(int stream_slot, bool recover)
+{
+	current.retry_streams |= UINT64CONST(1) << stream_slot;
+	current.recover_streams |= recover ? UINT64CONST(1) << stream_slot : 0;
+}
+
 } // namespace mmrepl::transaction

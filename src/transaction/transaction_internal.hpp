@@ -91,6 +91,8 @@ struct Current
 	bool wake_launcher;
 	bool wake_workers;
 	uint64 wake_streams; /* bit mask of slots */
+	uint64 retry_streams;
+	uint64 recover_streams;
 	Resync *resyncs;
 	shmem::Database *late; /* COMMIT PREPARED is under way; NULL: none */
 	int lock_bound;		   /* ms that local lock waits were bounded to; 0: they were not */

@@ -368,6 +368,7 @@ RunLauncher()
 		{
 			ConfigReloadPending = false;
 			ProcessConfigFile(PGC_SIGHUP);
+			connection::FollowBound();
 		}
 		MemoryContextReset(round);
 	}

@@ -8,7 +8,8 @@
  * (ROLLBACK PREPARED).  The state only moves from running to its end, and a
  * transaction is prepared while it runs, so nothing can be decided too early.
  * What is prepared after the look, by a session that was given up, the next one
- * finds.  What skip() has dropped the peer shall not have: it is rolled back.
+ * finds.  What skip() has dropped the peer shall not have: it is rolled back; while
+ * skip() is under way, which may yet be rolled back itself, it is left.
  * Nothing is guessed about a number that this node has not used yet, or of which
  * there is no record although it committed, or may have: the log of old ones is
  * gone.  Then this node was restored from an older state, perhaps.
@@ -91,7 +92,7 @@ DecideAll(const sync::Found &found, int32 stream, bool discarded)
 	shmem::LocalState *states =
 		(shmem::LocalState *) palloc0(sizeof(shmem::LocalState) * found.count);
 	uint64 *xids = (uint64 *) palloc(sizeof(uint64) * found.count);
-	uint64 *tickets = (uint64 *) palloc(sizeof(uint64) * found.count);
+	queue::FoundHead *heads = (queue::FoundHead *) palloc(sizeof(queue::FoundHead) * found.count);
 	Log *logs = (Log *) palloc(sizeof(Log) * found.count);
 	bool *skipped = (bool *) palloc(sizeof(bool) * found.count);
 
@@ -101,9 +102,10 @@ DecideAll(const sync::Found &found, int32 stream, bool discarded)
 		logs[i] = WasUsed(xids[i]) ? AskLog(xids[i]) : Log::Unused;
 		skipped[i] = catalog::WasSkipped(stream, xids[i]);
 	}
-	queue::FindHeads(stream, xids, found.count, tickets);
+	queue::FindHeads(stream, xids, found.count, heads);
 	for (int i = 0; i < found.count; i++)
-		states[i] = Decide(logs[i], tickets[i], skipped[i], discarded);
+		states[i] = heads[i].going ? shmem::LocalState::Running
+								   : Decide(logs[i], heads[i].ticket, skipped[i], discarded);
 	return states;
 }
 

@@ -97,22 +97,14 @@ SqlResume(FunctionCallInfo fcinfo)
 	return PauseOrResume(fcinfo, false);
 }
 
-static void
-AskRetry(shmem::Stream &stream)
-{
-	SpinLockAcquire(&stream.mutex);
-	stream.retry_now = true;
-	SpinLockRelease(&stream.mutex);
-	shmem::WakeWorker(stream);
-}
-
 Datum
 SqlRetryNow(FunctionCallInfo fcinfo)
 {
 	ListCell *cell;
 
 	foreach(cell, RequireStreams(fcinfo))
-		AskRetry(shmem::Get().streams[RequireSlot((const catalog::StreamRow *) lfirst(cell))]);
+		shmem::RequestRetry(
+			shmem::Get().streams[RequireSlot((const catalog::StreamRow *) lfirst(cell))]);
 	PG_RETURN_VOID();
 }
 
@@ -279,9 +271,8 @@ SkipIn(const catalog::StreamRow *row, const char *server, uint64 ticket, text *r
 	(void) queue::RemoveHead(ref);
 	MMREPL_FAULT_POINT("skip-removed");
 	queue::Discount(stream, 1, ref.changes, ref.bytes);
-	AskRetry(stream);
-	if (ref.flags & queue::kTwoPhase) /* it may be prepared at the peer */
-		shmem::RequestRecovery(stream);
+	/* Not before the end of this transaction: it may be prepared at the peer, and is to be rolled back. */
+	transaction::RetryAtCommit(slot, (ref.flags & queue::kTwoPhase) != 0);
 	*changes = skipped.changes;
 	return true;
 }
