@@ -11,6 +11,7 @@ use lib "$FindBin::RealBin/lib";
 use MmreplCluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
+use Time::HiRes ();
 
 my ($alpha, $beta) = MmreplCluster->new_pair(conf => <<'EOC');
 mmrepl.two_phase = 'on'
@@ -390,10 +391,22 @@ section 'a look while skip() is under way' => sub {
 	$alpha->poll_ok(q{SELECT count(*) = 1 FROM mmrepl.in_doubt}, 'in doubt');
 	$session->ok('BEGIN');
 	$session->ok(q{SELECT mmrepl.skip('beta', ticket, 'not wanted') FROM mmrepl.in_doubt});
+	$beta->append_conf('postgresql.conf', q{log_statement = 'all'});
+	my $log = -s $beta->logfile;
 	$beta->start;
-	$alpha->poll_ok(q{SELECT count(*) = 1 FROM mmrepl.in_doubt WHERE state = 'running'},
-		'the worker has looked, and leaves it');
+	# At the second look, what the first one asked for has been done.
+	my $looks;
+	for (my $until = time() + $MmreplCluster::timeout; time() < $until;)
+	{
+		$looks = () = PostgreSQL::Test::Utils::slurp_file($beta->logfile, $log) =~
+		  /LEFT JOIN pg_prepared_xacts/g;
+		last if $looks >= 2;
+		Time::HiRes::usleep(50_000);
+	}
+	cmp_ok($looks, '>=', 2, 'the worker has looked, and has looked again');
 	is(there($prepared), '1', 'it is prepared there still');
+	$beta->append_conf('postgresql.conf', q{log_statement = 'none'});
+	$beta->reload;
 	$session->ok('COMMIT');
 	$beta->poll_ok("SELECT ($prepared) = 0", 'afterwards the peer is rid of it');
 	is(there('SELECT count(*) FROM item WHERE id = 84'), '0', 'and does not have it');

@@ -133,6 +133,12 @@ sub script
 	$add->("INSERT INTO scratch$side VALUES ($id); ", 1, "; INSERT INTO scratch$side VALUES (-$id)");
 	push @do, "BEGIN; INSERT INTO slog VALUES ($side, -$id, 0); ROLLBACK;\n";
 
+	# Sent by the statements, answered for at COMMIT.
+	push @do, "SET mmrepl.sync_flush = 'commit';\n";
+	$add->('', 1);
+	push @do, "BEGIN; INSERT INTO slog VALUES ($side, -$id, 0); ROLLBACK;\n";
+	push @do, "RESET mmrepl.sync_flush;\n";
+
 	# The peer commits in two phases.
 	push @do, "SET mmrepl.two_phase = 'on';\n";
 	$add->('', 1);
