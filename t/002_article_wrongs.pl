@@ -163,10 +163,11 @@ section 'two masters in sync mode that want the same rows' => sub {
 		$session->ok(q{SET statement_timeout = '20s'});
 	}
 
-	# The same row, both changed locally before either knows of the other.
+	# The same row, both changed locally before either knows of the other: what is
+	# done in a subtransaction is held back until COMMIT then.
 	foreach my $session ($here, $there)
 	{
-		$session->ok(q{BEGIN; SET LOCAL mmrepl.sync_flush = 'commit'});
+		$session->ok(q{BEGIN; SET LOCAL mmrepl.sync_flush = 'commit'; SAVEPOINT held});
 	}
 	$here->ok(q{UPDATE account SET owner = 'alpha', amount = 1 WHERE id = 1});
 	$there->ok(q{UPDATE account SET owner = 'beta', amount = 2 WHERE id = 1});
