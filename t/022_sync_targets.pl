@@ -174,6 +174,23 @@ section 'the fence' => sub {
 	$alpha->wait_caught_up('one');
 	$session->ok(q{INSERT INTO many VALUES (50, 'behind it')});
 	is(everywhere('SELECT count(*) FROM many WHERE id = 50'), '1', 'afterwards all have it');
+
+	# What the fence said to a statement for several peers was believed by the next one.
+	here('CREATE TABLE solo (id int PRIMARY KEY)');
+	$beta->safe_psql('one', 'CREATE TABLE solo (id int PRIMARY KEY)');
+	$alpha->create_pair('solo', 'one');
+	$other = $beta->session('one');
+	$session->ok(q{BEGIN; INSERT INTO many VALUES (51, 'to all')});
+	$other->ok('BEGIN; SELECT * FROM other WHERE id = 50 FOR UPDATE');
+	here(q{SET mmrepl.mode = 'async'; UPDATE other SET v = 'waits again' WHERE id = 50});
+	$session->ok(q{SET LOCAL mmrepl.sync_timeout = '1s'});
+	$session->start('INSERT INTO solo VALUES (1)');
+	(undef, $err) = $session->finish;
+	like($err, qr/ERROR:\s+MM008: .*still queued/, 'the next statement, to one of them, does not overtake either');
+	$session->ok('ROLLBACK');
+	$other->ok('ROLLBACK');
+	$other->quit;
+	$alpha->wait_caught_up('one');
 };
 
 # The sessions there are ended all at the same time.

@@ -261,6 +261,12 @@ section 'pause and resume that are rolled back' => sub {
 	synced();
 	$alpha->same_rows($beta, 'item');
 
+	# The end of a prepared transaction called nobody: after ROLLBACK PREPARED it was paused.
+	like($alpha->fails('postgres', q{BEGIN; SELECT mmrepl.pause('beta'); PREPARE TRANSACTION 'p'}),
+		qr/0A000: cannot PREPARE a transaction that has steered delivery/,
+		'a pause cannot be prepared');
+	$alpha->poll_state('beta', 'streaming');
+
 	# The worker, called to look at its row for another reason, found the old value
 	# there and took a pause back that was about to be committed: what was committed
 	# after pause() had returned could still be sent.

@@ -210,6 +210,9 @@ void AppendUpdate(Segment *segment, RelationEncoder *rel, TupleTableSlot *old_ro
 void AppendDelete(Segment *segment, RelationEncoder *rel, TupleTableSlot *old_row);
 void AppendTruncate(Segment *segment, RelationEncoder *rel);
 
+/* Nothing is appended any more: the room that is left is given back.  May be called again. */
+void CloseSegment(Segment *segment);
+
 /* Cut the segment back to an earlier length; forgets later definitions. */
 void TruncateSegment(Segment *segment, uint32 length, uint32 changes);
 

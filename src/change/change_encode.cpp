@@ -131,6 +131,18 @@ NewSegment(MemoryContext context, uint32 seq)
 }
 
 void
+CloseSegment(Segment *segment)
+{
+	constexpr uint32 worth_it = 1024;
+
+	segment->closed = true;
+	if (segment->spilled || segment->capacity - segment->length < worth_it)
+		return;
+	segment->data = (char *) repalloc(segment->data, segment->length + VARHDRSZ);
+	segment->capacity = segment->length;
+}
+
+void
 TruncateSegment(Segment *segment, uint32 length, uint32 changes)
 {
 	segment->length = length;

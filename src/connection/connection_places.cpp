@@ -312,7 +312,7 @@ WaitInLine(Seat *seat, int pool, TimestampTz deadline, bool *deadlock)
 	{
 		if (Remaining(look) == 0)
 		{
-			*deadlock = IsDeadlock(pool);
+			*deadlock = IsDeadlock(pool) && pg_atomic_read_u32(&seat->granted) == 0;
 			if (*deadlock)
 				return false;
 			look = DeadlineIn((int) Min(bound, INT_MAX));

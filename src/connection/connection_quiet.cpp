@@ -176,6 +176,13 @@ struct Ending
 };
 
 void
+FinishEnding(Ending *ending)
+{
+	PQfinish(ending->beside);
+	ending->beside = NULL;
+}
+
+void
 BeginEnding(Ending *ending, const Doomed &doomed)
 {
 	constexpr const char *kWaiting = " AND (state LIKE 'idle%' OR wait_event_type = 'Client')";
@@ -193,6 +200,8 @@ BeginEnding(Ending *ending, const Doomed &doomed)
 			 "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity "
 			 "WHERE pid = %d AND usename = session_user%s",
 			 PQbackendPID(conn), doomed.only_waiting ? kWaiting : "");
+	if (PQstatus(ending->beside) == CONNECTION_BAD)
+		FinishEnding(ending); /* there is no socket on which anything could happen */
 }
 
 /* Go on with it, as far as that goes without waiting; false when it is over. */
@@ -233,13 +242,6 @@ WaitOf(const Ending &ending)
 	if (ending.asked || ending.status == PGRES_POLLING_READING)
 		return {PQsocket(ending.beside), POLLIN, 0};
 	return {PQsocket(ending.beside), POLLOUT, 0};
-}
-
-void
-FinishEnding(Ending *ending)
-{
-	PQfinish(ending->beside);
-	ending->beside = NULL;
 }
 
 /* One round of all of them; false when all are over, or the time is up. */

@@ -392,6 +392,17 @@ AfterEnd(queue::Fate fate)
 	apply::AtTransactionEnd();
 }
 
+/* The worker is told at the transaction's end, of which a prepared one says nothing to us. */
+static void
+RefusePrepare()
+{
+	if (current.wake_streams != 0 || current.retry_streams != 0)
+		ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+						errmsg("cannot PREPARE a transaction that has steered delivery"),
+						errdetail("It has called mmrepl.pause(), resume(), skip(), "
+								  "deal_sync_err_rec() or resync().")));
+}
+
 static void
 OnXactEvent(XactEvent event, void *)
 {
@@ -402,6 +413,7 @@ OnXactEvent(XactEvent event, void *)
 			BeforeCommit(false);
 			break;
 		case XACT_EVENT_PRE_PREPARE:
+			RefusePrepare();
 			BeforeCommit(true);
 			break;
 		case XACT_EVENT_COMMIT:

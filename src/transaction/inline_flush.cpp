@@ -60,7 +60,7 @@ FlushTo(Work *work, change::Segment *last, int level, bool goes_on, connection::
 	change::Segment *rest = last->next;
 
 	work->inlined->goes_on = goes_on;
-	last->closed = true;
+	change::CloseSegment(last);
 	last->next = NULL; /* the flush takes the list as far as it goes */
 	Ensured([&] { done = sync::Flush(work->inlined, unsent, work->unsent, xid, level, failure); },
 			[&] { last->next = rest; });
@@ -103,25 +103,25 @@ Collect(Work *work, connection::Failure *failure)
 	return last == NULL || FlushTo(work, last, 1, false, failure);
 }
 
-/* The fence, waited for once in a flush: several peers pass theirs before anything is sent. */
+/*
+ * What the peer has not been sent yet, each part at the level of its own subtransaction.
+ * The fence is waited for once in a flush: of several peers, all pass theirs before
+ * anything is sent.  What it said then holds for this flush alone, used or not.
+ */
 static bool
-PassFenceOnce(Work *work, connection::Failure *failure)
+SendRest(Work *work, bool goes_on, connection::Failure *failure)
 {
 	Fence fence = work->fence;
 
 	work->fence = Fence::NotAsked;
-	if (fence == Fence::Closed)
-		*failure = work->fence_failure;
-	return fence == Fence::NotAsked ? PassFence(work, failure) : fence == Fence::Passed;
-}
-
-/* What the peer has not been sent yet, each part at the level of its own subtransaction. */
-static bool
-SendRest(Work *work, bool goes_on, connection::Failure *failure)
-{
 	if (FirstUnsent(work) == NULL)
 		return true;
-	return (work->inlined->posted != NULL || PassFenceOnce(work, failure)) &&
+	if (work->inlined->posted == NULL && fence == Fence::Closed)
+	{
+		*failure = work->fence_failure;
+		return false;
+	}
+	return (work->inlined->posted != NULL || fence == Fence::Passed || PassFence(work, failure)) &&
 		   FlushBefore(work, work->marks, failure) &&
 		   FlushTo(work, work->last, work->marks != NULL ? work->marks->level : 1, goes_on,
 				   failure);
@@ -168,7 +168,7 @@ PostRest(Work *work, int level)
 {
 	change::Segment *unsent = FirstUnsent(work);
 
-	work->last->closed = true;
+	change::CloseSegment(work->last);
 	work->inlined->goes_on = false;
 	sync::Post(work->inlined, unsent, U64FromFullTransactionId(GetTopFullTransactionId()), level);
 }

@@ -123,7 +123,7 @@ PushMark(Work *work, int level)
 		/* What is sent inline is sent at its own level: the child starts a segment. */
 		mark->closed = work->last->closed;
 		if (work->sync)
-			work->last->closed = true;
+			change::CloseSegment(work->last);
 		mark->length = work->last->length;
 		mark->segment_changes = work->last->changes;
 	}
@@ -144,7 +144,7 @@ SegmentFor(Work *work)
 
 	if (work->last != NULL)
 	{
-		work->last->closed = true;
+		change::CloseSegment(work->last);
 		work->last->next = segment;
 	}
 	else
