@@ -520,7 +520,7 @@ section 'a worker ends between commit and book-keeping' => sub {
 			  . q{ WHERE server = 'beta'})
 		  or die 'the worker did not come back';
 	}
-	$load->signal('INT');
+	$load->signal('TERM');
 	$load->finish;
 	unlike($err, qr/ERROR|FATAL|aborted/, 'no client of the load failed');
 	synced();
