@@ -166,6 +166,11 @@ foreach my $from ('client', 'server', undef)
 	section $name => sub {
 		my @way = $from ? (from => $from) : ();
 
+		# Each attempt that follows fails as well, for another reason (MM008): none of
+		# them comes before somebody has looked at the first one.
+		set_config($alpha,
+			'mmrepl.retry_max_delay' => '1h',
+			'mmrepl.retry_min_delay' => '1h');
 		worker_is_connected();
 		my $before = $alpha->stat('beta', 'retries');
 		$proxy->hold(@way);
@@ -173,6 +178,11 @@ foreach my $from ('client', 'server', undef)
 		stat_ok("retries > $before", "$name: the worker notices");
 		stat_ok(q{last_error ~ 'not answered' AND last_error_sqlstate = '08006'},
 			"$name: and says so");
+		is($alpha->stat('beta', 'retries'), $before + 1, "$name: it has failed once");
+		set_config($alpha,
+			'mmrepl.retry_max_delay' => '400ms',
+			'mmrepl.retry_min_delay' => '50ms');
+		here(q{SELECT mmrepl.retry_now('beta')});
 		recovers($name);
 		$proxy->kill;
 		recovers("$name, and its end");
