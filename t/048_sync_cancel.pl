@@ -12,6 +12,7 @@ use lib "$FindBin::RealBin/lib";
 use FaultProxy;
 use MmreplCluster;
 use PostgreSQL::Test::Utils;
+use SlowClient;
 use Test::More;
 use Time::HiRes ();
 
@@ -178,6 +179,45 @@ foreach my $message (@messages)
 		}
 	}
 }
+
+# A client that does not read the warning keeps its session, and nobody else: the
+# warning was raised with all locks held once.
+section 'the warning about a commit comes when the locks are released' => sub {
+	$alpha->poll_state('beta', 'streaming');
+	my %before = map { $_->{id} => 1 } $proxy->connections;
+	my $client = SlowClient->new($alpha);
+	my $id = ++$last_id;
+
+	$client->ok("INSERT INTO item VALUES ($id, 'warm $id')");
+	my ($mine) = map { $_->{id} } grep { !$before{ $_->{id} } } $proxy->connections;
+	my $fill = $client->filler;
+	my $rule = $proxy->rule(
+		type => 'Q', pattern => '^Q....COMMIT', action => 'hold', from => 'client',
+		when => 'after', only => [$mine]);
+	my $other = $alpha->session;
+
+	$client->ok("BEGIN; UPDATE item SET v = 'slow $id' WHERE id = $id");
+	$other->start("SET mmrepl.mode = 'async'; SELECT v FROM item WHERE id = $id FOR UPDATE");
+	$alpha->poll_ok(
+		q{SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = } . $other->pid,
+		'somebody waits for the row');
+	$client->start("$fill; COMMIT");
+	ok($proxy->wait_for($rule), 'the peer has committed, and its answer is held');
+	here('SELECT pg_cancel_backend(' . $client->pid . ')');
+	ok($client->is_stuck, 'the session waits for its client to read the warning');
+	my ($out, $err) = $other->finish;
+	is("$out$err", "slow $id", 'and who waits for the row gets it');
+	is(here('SELECT wait_event FROM pg_stat_activity WHERE pid = ' . $client->pid),
+		'ClientWrite', '... meanwhile');
+	my ($text, $tag) = $client->finish;
+	like($text, qr/57014 .*the commit at server "beta" was not waited for/s, 'the client reads it');
+	is($tag, 'COMMIT', '... and that it is committed');
+	$proxy->kill(only => [$mine]);
+	$proxy->clear;
+	$client->ok("UPDATE item SET v = 'after $id' WHERE id = $id");
+	$_->quit foreach ($client, $other);
+	equal_and_usable(undef, 'a slow client');
+};
 
 section 'idle connections and a restart of the peer' => sub {
 	my @sessions = map { $alpha->session } (1 .. 3);
