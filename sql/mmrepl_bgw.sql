@@ -494,7 +494,9 @@ CREATE FUNCTION mmrepl.stat_streams(
 	OUT peer_node uuid,
 	OUT last_apply_at timestamptz,
 	OUT blocked_ticket bigint,
-	OUT queue_warned_at timestamptz)
+	OUT queue_warned_at timestamptz,
+	OUT batches_ahead bigint,
+	OUT batches_redone bigint)
 	RETURNS SETOF record
 	LANGUAGE c ROWS 10 AS 'MODULE_PATHNAME', 'mmrepl_stat_streams';
 COMMENT ON FUNCTION mmrepl.stat_streams() IS
@@ -548,7 +550,9 @@ SELECT k.server_name AS server,
 	   s.blocked_ticket,
 	   s.queue_warned_at,
 	   k.resync_since,
-	   k.resync_reason
+	   k.resync_reason,
+	   s.batches_ahead,
+	   s.batches_redone
   FROM known k LEFT JOIN mmrepl.stat_streams() s ON s.stream = k.stream_id
  WHERE (k.has_pairs OR s.stream IS NOT NULL)
    AND mmrepl.may_see_statistics(k.owner);
@@ -589,6 +593,8 @@ COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.blocked_ticket IS 'the transaction that 
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.queue_warned_at IS 'when so much was waiting that the log warned (mmrepl.max_queue_size); NULL: less waits now';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.resync_since IS 'since when nothing is queued for the server, because too much was waiting; NULL: all is well';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.resync_reason IS 'what happened then, and what to do';
+COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.batches_ahead IS 'of these batches, those that were executed before the one before had committed (lanes)';
+COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.batches_redone IS 'batches that were executed so in vain, and then once more';
 
 CREATE FUNCTION mmrepl.stat_pairs(
 	OUT pair_id integer,

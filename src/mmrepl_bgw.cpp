@@ -2,6 +2,7 @@
  * mmrepl_bgw.cpp
  *		Entry point of the library: every room's Init(), in order.
  */
+#include "mmrepl/apply.hpp"
 #include "mmrepl/capture.hpp"
 #include "mmrepl/catalog.hpp"
 #include "mmrepl/connection.hpp"
@@ -33,6 +34,7 @@ _PG_init(void)
 							 mmrepl::stats::InitShared);
 	mmrepl::shmem::AddRegion("mmrepl connections", mmrepl::connection::SharedSize,
 							 mmrepl::connection::InitShared);
+	mmrepl::shmem::AddRegion("mmrepl apply", mmrepl::apply::SharedSize, mmrepl::apply::InitShared);
 	MMREPL_IN_TEST_BUILD(mmrepl::shmem::AddRegion("mmrepl fault points", mmrepl::fault::SharedSize,
 												  mmrepl::fault::InitShared));
 	mmrepl::shmem::Init();

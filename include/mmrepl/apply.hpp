@@ -18,6 +18,10 @@ namespace mmrepl::apply
  */
 uint64 ApplyBatch(const char *data, uint32 length);
 
+/* Shared memory: which batches have begun (apply_turn.cpp). */
+Size SharedSize();
+void InitShared(bool found, void *where);
+
 /* The watermark of a peer's stream; makes the progress row when there is none. */
 uint64 Watermark(const pg_uuid_t &node, int32 stream);
 

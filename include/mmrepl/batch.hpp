@@ -13,8 +13,11 @@
  *				 kMore: the last transaction goes on in a further batch of the same
  *				 remote transaction (part counts from 0), or, inline, the statement
  *				 does: what is to be checked at its end is not checked yet; kFirst: part 0 of such.
+ *				 kTurn: a batch that follows may be executed before this one has committed.
+ *				 kAhead: this is one; its predecessor has kTurn.  Both since protocol 2.
  *	 previous	 watermark that must be there before (fence against a batch that
- *				 overtakes a failed one); last: the watermark afterwards.
+ *				 overtakes a failed one); last: the watermark afterwards.  What is executed ahead
+ *				 looks at it when its rows are written, and nothing else may be there.
  *	 sweep_xid	 markers of this node with a lower xid are no longer needed (0: none).
  *	 transaction flags: kMarked: insert the marker first, skip the transaction when
  *				 it is there already; kLate: not covered by the watermark (a prepared
@@ -27,12 +30,16 @@
 namespace mmrepl::batch
 {
 
-constexpr uint32 kMagic = 0x4D4D5231; /* "MMR1": protocol 1 */
-constexpr int kProtocol = 1;
+constexpr uint32 kMagic = 0x4D4D5231; /* "MMR1": protocols 1 and 2 */
+constexpr int kProtocol = 2;
+constexpr int kOldestProtocol = 1;
+constexpr int kLanesProtocol = 2; /* has kTurn and kAhead */
 
 constexpr uint8 kInline = 1; /* flags of a batch */
 constexpr uint8 kFirst = 2;
 constexpr uint8 kMore = 4;
+constexpr uint8 kTurn = 8;
+constexpr uint8 kAhead = 16;
 
 /* What apply() returns for an inline batch when something may be checked at the end only. */
 constexpr uint64 kMayDefer = 1;

@@ -28,7 +28,8 @@ struct Target
 	const char **keywords;
 	const char **values;
 	bool password_required; /* the owner is no superuser: the peer must have asked for a password */
-	uint32 hash;			/* of all options: a change means reconnect */
+	uint32 hash;			/* of all libpq's options: a change means reconnect */
+	int lanes;				/* the server's option of that name; 0: not set */
 };
 
 /*
@@ -42,6 +43,10 @@ Target *Resolve(Oid server, Oid owner);
 
 /* Whether an option is one of libpq's that may stand on a server / a mapping. */
 bool IsServerOption(const char *name);
+/* The one option of a server that is not libpq's: the value must be 1 to guc::kMaxLanes. */
+constexpr const char *kLanesOption = "lanes";
+/* The number that is written there; 0: it is none of those. */
+int ReadLanes(const char *value);
 bool IsMappingOption(const char *name);
 /* A libpq option name close to the misspelt one, or NULL. */
 const char *ClosestOption(const char *name, bool mapping);

@@ -43,6 +43,8 @@ void AddTransaction(Batch *batch, uint64 ticket, uint64 xid, uint8 flags, int64 
 void AddSegment(Batch *batch, const char *data, uint32 length);
 /* The transaction added last ends in this batch after all: take back kMore. */
 void ClearMore(Batch *batch);
+/* Whether the batch has a turn, and is executed ahead (kTurn, kAhead), both also when it was set. */
+void SetTurn(Batch *batch, bool turn, bool ahead);
 /* Write the watermark that holds after the batch. */
 void Finish(Batch *batch, uint64 last);
 

@@ -45,9 +45,11 @@ extern int ring_size;			 /* kB of shared memory for each stream's ring */
 extern int batch_size;			 /* kB of changes in one batch */
 extern int batch_transactions;	 /* source transactions in one batch */
 extern int batch_delay;			 /* us between batches under load */
-extern int retry_min_delay;		 /* ms */
-extern int retry_max_delay;		 /* ms */
-extern int connect_timeout;		 /* ms */
+constexpr int kMaxLanes = 8;
+extern int lanes;			  /* connections over which a backlog is delivered */
+extern int retry_min_delay;	  /* ms */
+extern int retry_max_delay;	  /* ms */
+extern int connect_timeout;	  /* ms */
 extern int reply_timeout;	  /* ms of silence after which a peer is asked what it does; 0: never */
 extern int sync_timeout;	  /* ms: bound of every wait for a peer in a user's transaction */
 extern int sync_lock_timeout; /* ms: lock wait at the peer; 0: twice deadlock_timeout */

@@ -66,7 +66,9 @@ struct Counters
 	pg_atomic_uint64 conflicts;
 	pg_atomic_uint64 sync_transactions;
 	pg_atomic_uint64 sync_failures;
-	pg_atomic_uint64 reset_at; /* TimestampTz */
+	pg_atomic_uint64 batches_ahead;	 /* executed before the one before had committed */
+	pg_atomic_uint64 batches_redone; /* so, in vain */
+	pg_atomic_uint64 reset_at;		 /* TimestampTz */
 };
 
 /* What is known here of the transaction behind a prepared transaction at the peer. */

@@ -106,7 +106,8 @@ ReadHeader(change::Reader *in, Header *header)
 {
 	ReadMagic(in);
 	header->flags = in->U8();
-	if (header->flags & ~(batch::kInline | batch::kFirst | batch::kMore))
+	if (header->flags &
+		~(batch::kInline | batch::kFirst | batch::kMore | batch::kTurn | batch::kAhead))
 		Malformed("Unknown flags.");
 	uint32 encoding = in->U32();
 
@@ -122,6 +123,9 @@ ReadHeader(change::Reader *in, Header *header)
 	header->part = in->U32();
 	if (header->part > 0 && (header->flags & batch::kFirst))
 		Malformed("A first part is numbered as a later one.");
+	if ((header->flags & (batch::kTurn | batch::kAhead)) &&
+		(header->part > 0 || (header->flags & (batch::kInline | batch::kFirst | batch::kMore))))
+		Malformed("Neither a part nor an inline batch has a turn.");
 }
 
 /* Now and then. */
@@ -235,8 +239,9 @@ AdmitInline(const Header &header, const Transaction &transaction, bool continues
 
 /* Whether the transaction has to be applied, or is here already. */
 static bool
-Admit(const Header &header, const Transaction &transaction, bool first, uint64 watermark)
+Admit(Session *session, const Transaction &transaction, bool first, uint64 watermark)
 {
+	const Header &header = session->header;
 	bool continues = first && header.part > 0;
 
 	if (header.Inline())
@@ -245,9 +250,10 @@ Admit(const Header &header, const Transaction &transaction, bool first, uint64 w
 		return ContinueTransaction(transaction);
 	if (!(transaction.flags & batch::kLate) && transaction.ticket <= watermark)
 		return false;
-	if (transaction.flags & (batch::kMarked | batch::kLate))
-		return InsertMarker(header.node, header.stream, transaction.xid);
-	return true;
+	if (!(transaction.flags & (batch::kMarked | batch::kLate)))
+		return true;
+	(void) WaitForPredecessor(session);
+	return InsertMarker(header.node, header.stream, transaction.xid);
 }
 
 /*
@@ -293,7 +299,7 @@ ApplyTransactions(Session *session, uint64 watermark)
 		ReadTransaction(session, &transaction);
 		session->ticket = transaction.ticket;
 		session->xid = transaction.xid;
-		apply = Admit(session->header, transaction, first, watermark);
+		apply = Admit(session, transaction, first, watermark);
 		MMREPL_FAULT_POINT("apply-transaction-begun");
 		for (uint32 i = 0; i < transaction.segments; i++)
 		{
@@ -350,25 +356,41 @@ CheckPrevious(const Header &header, uint64 watermark)
 }
 
 /*
- * A batch of the queue.  The stream's row is locked before anything is looked
- * at: a session that still executes an earlier attempt holds it, we wait for
- * its end and see what it has left to do.
+ * The stream's row is locked before anything is looked at: a session that still
+ * executes an earlier attempt holds it, we wait for its end and see what it has
+ * left to do.  A batch that is executed ahead locks it later.  Returns the
+ * watermark that the batch finds, or will find.
  */
 static uint64
-ApplyQueued(Session *session)
+EnterStream(Session *session)
 {
 	const Header &header = session->header;
-	Progress progress;
 
-	LockProgress(&progress, header.node, header.stream);
+	if (header.flags & batch::kTurn)
+		TakeTurn(session);
+	if (header.Ahead())
+	{
+		BeginAhead(session);
+		return header.previous;
+	}
+	LockProgress(&session->progress, header.node, header.stream);
 	MMREPL_FAULT_POINT("apply-locked");
 	if (header.part > 0)
 		CheckPart(header);
 	else
-		CheckPrevious(header, progress.watermark);
+		CheckPrevious(header, session->progress.watermark);
+	return session->progress.watermark;
+}
 
-	bool applied = ApplyTransactions(session, progress.watermark);
+/* A batch of the queue. */
+static uint64
+ApplyQueued(Session *session)
+{
+	const Header &header = session->header;
+	Progress &progress = session->progress;
+	bool applied = ApplyTransactions(session, EnterStream(session));
 
+	(void) WaitForPredecessor(session);
 	MMREPL_FAULT_POINT("apply-rows-written");
 	uint64 watermark = progress.watermark;
 
@@ -486,6 +508,7 @@ ApplyBatch(const char *data, uint32 length)
 	FollowClock(session->header);
 	Guarded([&] { watermark = Run(session); },
 			[&] {
+				StopAhead(session);
 				if (session->began)
 					origin::Reset(session->nest_level);
 				ExplainLostRace(session);
@@ -538,10 +561,7 @@ SqlApply(FunctionCallInfo fcinfo)
 	PG_RETURN_INT64((int64) ApplyBatch(VARDATA_ANY(bytes), VARSIZE_ANY_EXHDR(bytes)));
 }
 
-/*
- * The older of both protocols is spoken; there is one so far.  A standby refuses
- * here rather than at the first batch.
- */
+/* The older of both protocols is spoken.  A standby refuses here rather than at the first batch. */
 Datum
 SqlHello(FunctionCallInfo fcinfo)
 {

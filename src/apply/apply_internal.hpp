@@ -5,6 +5,7 @@
  *	 apply.cpp			the call: header, transactions, parts, the SQL functions
  *	 apply_context.cpp	what error messages add, and the one error that is changed
  *	 apply_progress.cpp	watermark rows and markers
+ *	 apply_turn.cpp		batches that are executed ahead of those before them
  *	 apply_target.cpp	a table that is written, opened once a batch
  *	 apply_keep.cpp		what is kept of it for the next batch
  *	 apply_trigger.cpp	which triggers fire, and when
@@ -47,6 +48,7 @@ struct Header
 
 	bool Inline() const { return (flags & batch::kInline) != 0; }
 	bool More() const { return (flags & batch::kMore) != 0; }
+	bool Ahead() const { return (flags & batch::kAhead) != 0; }
 };
 
 /* How a column's bytes become a datum of the local column. */
@@ -165,10 +167,22 @@ struct Binding
 	Target *target;
 };
 
+/* A stream's row of mmrepl.progress, locked. */
+struct Progress
+{
+	Relation rel;
+	TupleTableSlot *slot;
+	uint64 watermark;
+	int64 conflicts;
+};
+
 /* One call of apply(). */
 struct Session
 {
 	Header header;
+	Progress progress; /* of a queued batch; while it is ahead: not yet */
+	bool ahead;		   /* the batch before may still be at work: see WaitForPredecessor() */
+	bool quiet_waits;  /* log_lock_waits is on, but not while ahead */
 	change::Reader reader;
 	Oid caller;
 	int caller_sec_context;
@@ -221,15 +235,6 @@ void ExplainLostRace(const Session *session);
 
 /* ---- apply_progress.cpp ---- */
 
-/* A stream's row of mmrepl.progress, locked. */
-struct Progress
-{
-	Relation rel;
-	TupleTableSlot *slot;
-	uint64 watermark;
-	int64 conflicts;
-};
-
 /* Open and read the row, made when missing; Lock...: also lock it, and wait for whoever did. */
 void ReadProgress(Progress *progress, const pg_uuid_t &node, int32 stream);
 void LockProgress(Progress *progress, const pg_uuid_t &node, int32 stream);
@@ -241,6 +246,27 @@ bool InsertMarker(const pg_uuid_t &node, int32 stream, uint64 xid);
 /* Whether this very transaction inserted the marker. */
 bool HasOwnMarker(const pg_uuid_t &node, int32 stream, uint64 xid);
 void SweepMarkers(const pg_uuid_t &node, int32 stream, uint64 below_xid);
+
+/* ---- apply_turn.cpp ---- */
+
+/* Let batches that follow this one wait for its end. */
+void TakeTurn(const Session *session);
+/*
+ * The batch is executed ahead until WaitForPredecessor() or its end.  Returns when
+ * the one before it has begun; raises when that one has failed or does not come.
+ */
+void BeginAhead(Session *session);
+/*
+ * To be called before anything is decided that the batches before this one could
+ * change without meeting us at a row: whether a row is missing, or in conflict; a
+ * marker; TRUNCATE; all of a table that is not simple.  Waits for their end and
+ * locks the watermark row; true when it has done so just now, and what was seen
+ * before has to be looked at again.  Raises ERRCODE_MMREPL_OUT_OF_ORDER when they
+ * have failed.  Cheap when the batch is not ahead.
+ */
+bool WaitForPredecessor(Session *session);
+/* From an error handler. */
+void StopAhead(Session *session);
 
 /* ---- apply_target.cpp ---- */
 

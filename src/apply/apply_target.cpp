@@ -483,6 +483,9 @@ TargetOf(Session *session, const change::Relation *relation)
 			target = MakeTarget(session, relation);
 		if (target->text_format)
 			NeedTextFormat(session);
+		/* Ahead, only keys and built-in types may decide, which meet others at the row. */
+		if (!target->simple || target->carries_old)
+			(void) WaitForPredecessor(session);
 		target->next = session->targets;
 		session->targets = target;
 	}

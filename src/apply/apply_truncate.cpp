@@ -15,6 +15,7 @@ namespace mmrepl::apply
 void
 AddTruncate(Session *session, const change::Relation *relation)
 {
+	(void) WaitForPredecessor(session);
 	CloseTargets(session);
 	MemoryContext old = MemoryContextSwitchTo(session->context);
 

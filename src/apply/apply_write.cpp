@@ -96,6 +96,7 @@ pg_attribute_noreturn() static void Refuse(const Target *target, Leaf *leaf, Typ
 static Action
 Resolve(Session *session, Target *target, Leaf *leaf, Type type, TupleTableSlot *row)
 {
+	MmreplEnsure(!session->ahead, "conflict found ahead of the batch before");
 	bool row_known = type != Type::DeleteMissing;
 	bool at_writer = IsAtWriter(session, target);
 	Action action = conflict::Decide(type, target->rule, row_known, at_writer);
@@ -392,7 +393,11 @@ DeleteRow(Session *session, Target *target, Leaf *leaf, TupleTableSlot *search)
 void
 PlaceRow(Session *session, Target *target, Leaf *leaf, TupleTableSlot *row)
 {
-	if (!FindRow(leaf, row, LockTupleNoKeyExclusive))
+	bool found = FindRow(leaf, row, LockTupleNoKeyExclusive);
+
+	if (found && WaitForPredecessor(session))
+		found = FindRow(leaf, row, LockTupleNoKeyExclusive);
+	if (!found)
 	{
 		InsertNew(session, target, leaf, row);
 		return;
@@ -431,8 +436,10 @@ Update(Session *session, Target *target, const change::Change *change)
 	Leaf *leaf = Route(session, target, target->search);
 	TupleTableSlot *search = ToLeaf(leaf, target->search);
 
-	if (UpdateRow(session, target, leaf, search,
-				  change->has_old_key ? LockTupleExclusive : LockTupleNoKeyExclusive))
+	LockTupleMode mode = change->has_old_key ? LockTupleExclusive : LockTupleNoKeyExclusive;
+
+	if (UpdateRow(session, target, leaf, search, mode) ||
+		(WaitForPredecessor(session) && UpdateRow(session, target, leaf, search, mode)))
 		return;
 	if (Resolve(session, target, leaf, Type::UpdateMissing, search) == Action::Insert)
 	{
@@ -449,7 +456,8 @@ Delete(Session *session, Target *target, const change::Change *change)
 	Leaf *leaf = Route(session, target, target->search);
 	TupleTableSlot *search = ToLeaf(leaf, target->search);
 
-	if (!DeleteRow(session, target, leaf, search))
+	if (!DeleteRow(session, target, leaf, search) &&
+		!(WaitForPredecessor(session) && DeleteRow(session, target, leaf, search)))
 		Resolve(session, target, leaf, Type::DeleteMissing, search);
 }
 

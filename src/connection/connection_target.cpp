@@ -4,6 +4,8 @@
  */
 #include "connection_internal.hpp"
 
+#include "mmrepl/guc.hpp"
+
 namespace mmrepl::connection
 {
 
@@ -299,14 +301,32 @@ Resolve(Oid server_oid, Oid owner)
 	target->keywords = parameters.keywords;
 	target->values = parameters.values;
 	target->hash = HashOf(&parameters, target->password_required);
+	if (DefElem *lanes = FindElement(server->options, kLanesOption); lanes != NULL)
+		target->lanes = ReadLanes(defGetString(lanes));
 	return target;
 }
 
-/* Whether a server may carry the option: any of libpq's that is no secret and no user. */
+int
+ReadLanes(const char *value)
+{
+	char *end;
+	long number;
+
+	errno = 0;
+	number = strtol(value, &end, 10);
+	return errno == 0 && end != value && *end == '\0' && number >= 1 && number <= guc::kMaxLanes
+			   ? (int) number
+			   : 0;
+}
+
+/* Whether a server may carry the option: ours, or any of libpq's that is no secret and no user. */
 bool
 IsServerOption(const char *name)
 {
 	const PQconninfoOption *option = FindOption(name);
+
+	if (strcmp(name, kLanesOption) == 0)
+		return true;
 
 	return option != NULL && !IsPersonal(option);
 }

@@ -107,6 +107,16 @@ ClearMore(Batch *batch)
 	batch->buf.data[kFlagsAt] &= (char) ~batch::kMore;
 }
 
+/* How the batch stands to those before and behind it, whatever was said of it before. */
+void
+SetTurn(Batch *batch, bool turn, bool ahead)
+{
+	uint8 flags = (uint8) batch->buf.data[kFlagsAt] & ~(batch::kTurn | batch::kAhead);
+
+	batch->buf.data[kFlagsAt] =
+		(char) (flags | (turn ? batch::kTurn : 0) | (ahead ? batch::kAhead : 0));
+}
+
 /* Write the watermark that holds after the batch. */
 void
 Finish(Batch *batch, uint64 last)

@@ -75,7 +75,7 @@ ReadPeer(const PGresult *res, Peer *peer, Failure *failure)
 		*DatumGetUUIDP(DirectFunctionCall1(uuid_in, CStringGetDatum(PQgetvalue(res, 0, 1))));
 	peer->watermark = strtou64(PQgetvalue(res, 0, 2), NULL, 10);
 	peer->server_version = atoi(PQgetvalue(res, 0, 3));
-	if (peer->protocol == batch::kProtocol)
+	if (peer->protocol >= batch::kOldestProtocol && peer->protocol <= batch::kProtocol)
 		return true;
 	return Fail(failure, ERRCODE_FEATURE_NOT_SUPPORTED,
 				psprintf("the peer speaks protocol %d of mmrepl_bgw, this server speaks %d",

@@ -15,6 +15,7 @@ int ring_size = 4096;
 int batch_size = 1024;
 int batch_transactions = 2000;
 int batch_delay = 10000;
+int lanes = 1;
 int retry_min_delay = 100;
 int retry_max_delay = 30000;
 int connect_timeout = 10000;
@@ -79,6 +80,10 @@ DefineWorkerSettings()
 			  "Microseconds from one batch to the next while many transactions commit.",
 			  "A transaction that comes alone is sent at once.", &batch_delay, 0, 20000, PGC_SIGHUP,
 			  0);
+	DefineInt("mmrepl.lanes", "Connections over which what waits for a server is delivered.",
+			  "With more than one, the server executes batches side by side and commits them in "
+			  "order. A server's option \"lanes\" has precedence.",
+			  &lanes, 1, kMaxLanes, PGC_SIGHUP, 0);
 	DefineInt("mmrepl.connect_timeout", "Longest wait for a connection to a peer.", NULL,
 			  &connect_timeout, 100, 600000, PGC_USERSET, GUC_UNIT_MS);
 	DefineInt(

@@ -8,6 +8,7 @@
 #include "registration_internal.hpp"
 
 #include "mmrepl/connection.hpp"
+#include "mmrepl/guc.hpp"
 
 namespace mmrepl::registration
 {
@@ -72,6 +73,16 @@ CheckPorts(const char *text)
 	}
 }
 
+/* Raise unless it is a number of connections. */
+void
+CheckLanes(const char *text)
+{
+	if (connection::ReadLanes(text) == 0)
+		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+						errmsg("invalid number of lanes: \"%s\"", text),
+						errhint("A stream has 1 to %d lanes.", guc::kMaxLanes)));
+}
+
 /* Raise because only superusers may set the option on a user mapping. */
 [[noreturn]] void
 RefuseForUser(const char *what)
@@ -110,6 +121,8 @@ CheckOption(DefElem *option, Oid catalog)
 		RefuseOption(option->defname, catalog);
 	if (strcmp(option->defname, "port") == 0)
 		CheckPorts(defGetString(option));
+	if (strcmp(option->defname, connection::kLanesOption) == 0)
+		CheckLanes(defGetString(option));
 	if (catalog == UserMappingRelationId)
 		CheckPrivileged(option);
 }

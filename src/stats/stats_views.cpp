@@ -237,6 +237,8 @@ BuildStreamRow(RowBuilder *row, shmem::Stream &stream, const Sample &sample)
 	row->AddUnlessZero(sample.last_apply_at);
 	row->AddUnlessZero((int64) sample.blocked_ticket);
 	row->AddUnlessZero((int64) pg_atomic_read_u64(&stream.warned_at));
+	row->AddCount(&counters.batches_ahead);
+	row->AddCount(&counters.batches_redone);
 }
 
 Datum
@@ -324,7 +326,8 @@ ResetStreams(Oid server)
 			continue;
 		shmem::SetToZero(counters.transactions_applied, counters.changes_applied,
 						 counters.bytes_sent, counters.batches, counters.retries,
-						 counters.conflicts, counters.sync_transactions, counters.sync_failures);
+						 counters.conflicts, counters.sync_transactions, counters.sync_failures,
+						 counters.batches_ahead, counters.batches_redone);
 		pg_atomic_write_u64(&counters.reset_at, now);
 	}
 }

@@ -26,12 +26,13 @@ void
 DropPeer(Session *session)
 {
 	for (int i = 0; i < session->outstanding; i++)
-		EndShipment(&session->lanes[i]);
-	session->outstanding = 0;
-	session->want_write = false;
+		EndShipment(&session->shipments[i]);
+	session->outstanding = session->lost = 0;
 	if (session->events != NULL)
 		FreeWaitEventSet(session->events);
 	session->events = NULL;
+	CloseLanes(session);
+	session->lanes.list[0].want_write = false;
 	if (session->conn != NULL)
 		connection::Close(session->conn);
 	session->conn = NULL;
@@ -163,11 +164,7 @@ OpenPeer(Session *session)
 		return false;
 	}
 	MMREPL_FAULT_POINT("worker-connected");
-	session->events = NewWaitEventSet(3);
-	AddWaitEventToSet(session->events, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
-	AddWaitEventToSet(session->events, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
-	session->socket_event =
-		AddWaitEventToSet(session->events, WL_SOCKET_READABLE, PQsocket(session->conn), NULL, NULL);
+	MakeEvents(session);
 	RecoverSoon(session);
 	return true;
 }
@@ -196,6 +193,7 @@ Greet(Session *session)
 	session->shared->peer_node = peer.node;
 	session->shared->peer_known = true;
 	SpinLockRelease(&session->shared->mutex);
+	session->lanes.known_there = peer.protocol >= batch::kLanesProtocol;
 	MMREPL_FAULT_POINT("worker-greeted");
 	ResetFeed(&session->feed, peer.watermark);
 	if (!PQenterPipelineMode(session->conn))
@@ -357,10 +355,11 @@ Fail(Session *session, const connection::Failure *failure, bool refused)
 {
 	bool permanent =
 		refused && session->outstanding > 0 && !connection::IsTransient(failure->sqlstate);
-	int64 transactions = session->outstanding > 0 ? session->lanes[0].transactions : 0;
-	uint64 ticket = session->outstanding > 0 ? session->lanes[0].first_ticket : 0;
+	int64 transactions = session->outstanding > 0 ? session->shipments[0].transactions : 0;
+	uint64 ticket = session->outstanding > 0 ? session->shipments[0].first_ticket : 0;
 
 	DropPeer(session);
+	NoteLaneFailure(session);
 	if (refused && transactions > 1)
 		session->group_limit = Max(transactions / 2, 1);
 	if (permanent && transactions > 1)

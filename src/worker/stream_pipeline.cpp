@@ -1,11 +1,14 @@
 /*
  * stream_pipeline.cpp
- *		Batches out, results in: up to kLanes remote transactions on their way.
+ *		Batches out, results in: several remote transactions on their way.
  *
  * Each batch is followed by a Sync, so it is a transaction of its own at the
  * peer.  The parts of a large transaction stand between two Syncs.  When a batch
  * fails, the one behind it is refused by apply()'s fence (its `previous` is not
  * reached), and the connection is given up: what was not applied is read again.
+ * Where there are several connections (stream_lanes.cpp) answers are taken from
+ * the one that has the oldest batch, and a batch that is not executed ahead waits
+ * for those that are.
  */
 #include "stream_session.hpp"
 
@@ -30,11 +33,11 @@ FlushCommits()
 }
 
 static void
-Broken(Session *session)
+Broken(Session *session, PGconn *conn)
 {
 	connection::Failure failure = {};
 
-	connection::Describe(session->conn, NULL, &failure);
+	connection::Describe(conn, NULL, &failure);
 	Fail(session, &failure, false);
 }
 
@@ -42,16 +45,18 @@ Broken(Session *session)
 static bool
 SendBatch(Session *session, Shipment *shipment)
 {
-	MMREPL_FAULT_POINT("worker-batch-built");
-	bool sent =
-		delivery::Send(session->conn, &shipment->batch) &&
-		(shipment->all_sent ? PQpipelineSync(session->conn) : PQsendFlushRequest(session->conn));
+	PGconn *conn = LaneConn(session, shipment->lane);
 
+	MMREPL_FAULT_POINT("worker-batch-built");
+	bool sent = delivery::Send(conn, &shipment->batch) &&
+				(shipment->all_sent ? PQpipelineSync(conn) : PQsendFlushRequest(conn));
+
+	shipment->sent = true;
 	shipment->results_due++;
 	session->progress = true;
 	pg_atomic_fetch_add_u64(&session->shared->counters.bytes_sent, shipment->batch.buf.len);
 	if (!sent)
-		Broken(session);
+		Broken(session, conn);
 	MMREPL_FAULT_POINT("worker-batch-sent");
 	return sent;
 }
@@ -72,15 +77,20 @@ BudgetOf(const Session *session)
 	budget.bytes = (int64) guc::batch_size * 1024;
 	budget.transactions = Min((int64) guc::batch_transactions, session->group_limit);
 	budget.changes = PG_INT64_MAX;
+	if (session->lanes.draining && UsableLanes(session) > 1)
+		budget.changes = session->lanes.group;
 	return budget;
 }
 
 bool
 MayStart(const Session *session)
 {
-	if (session->outstanding == kLanes)
+	int outstanding = session->outstanding;
+
+	if (outstanding >= Room(session) || session->lost > 0)
 		return false;
-	if (session->outstanding > 0 && !session->lanes[session->outstanding - 1].all_sent)
+	if (outstanding > 0 &&
+		!(session->shipments[outstanding - 1].sent && session->shipments[outstanding - 1].all_sent))
 		return false;
 	return session->shared->handover_requests == 0 && !session->shared->paused;
 }
@@ -110,6 +120,8 @@ Breather(const Session *session)
 
 	if (pace.sum < 2 * kPaced || now - pace.started[(pace.last + 1) % kPaced] > window)
 		return 0;
+	if (session->lanes.draining && UsableLanes(session) > 1)
+		return 0;
 	if (session->feed.from_tables || queue::SomebodyWaits(*session->shared) ||
 		queue::PeekRing(*session->shared, session->slot) == NULL)
 		return 0;
@@ -129,27 +141,72 @@ Gather(const Session *session)
 		pg_usleep(left);
 }
 
+/* A batch that is not ahead goes over the first connection, behind others like it. */
+static bool
+MayGo(const Session *session, int index)
+{
+	for (int i = 0; i < index && !session->shipments[index].ahead; i++)
+		if (session->shipments[i].ahead)
+			return false;
+	return true;
+}
+
+/* Send what waits to be sent, in order; false when the connection is lost. */
+static bool
+SendFilled(Session *session)
+{
+	for (int i = 0; i < session->outstanding && session->lost == 0; i++)
+	{
+		Shipment *shipment = &session->shipments[i];
+
+		if (shipment->sent)
+			continue;
+		if (!MayGo(session, i))
+			break;
+		MMREPL_FAULT_POINT("worker-before-flush");
+		FlushCommits();
+		if (!SendBatch(session, shipment))
+			return false;
+		/* Two parts of a large transaction are on their way, too. */
+		if (!shipment->all_sent && !SendNextPart(session, shipment))
+			return false;
+	}
+	return true;
+}
+
 /* Fill and send one more batch; false when there is nothing to send. */
 static bool
 StartOne(Session *session)
 {
-	Shipment *shipment = &session->lanes[session->outstanding];
+	Shipment *shipment = &session->shipments[session->outstanding];
+	Budget budget = BudgetOf(session);
 
 	StartShipment(shipment, session->shipments_context);
-	if (!NextShipment(&session->feed, shipment, BudgetOf(session)) &&
-		!SweepShipment(&session->feed, shipment))
+	if (!NextShipment(&session->feed, shipment, budget) && !SweepShipment(&session->feed, shipment))
 	{
 		EndShipment(shipment);
+		session->lanes.draining = false;
 		return false;
 	}
 	session->outstanding++;
 	NoteStart(&session->pace, shipment->transactions);
-	MMREPL_FAULT_POINT("worker-before-flush");
-	FlushCommits();
-	if (!SendBatch(session, shipment))
-		return false;
-	/* Two parts of a large transaction are on their way, too. */
-	return shipment->all_sent || SendNextPart(session, shipment);
+	ChooseLane(session, budget);
+	return SendFilled(session);
+}
+
+/* What libpq still has goes to the kernel, as far as that takes it. */
+static void
+Flush(Session *session)
+{
+	for (int i = 0; i < guc::kMaxLanes && session->conn != NULL; i++)
+	{
+		PGconn *conn = LaneConn(session, i);
+		int flushed = conn == NULL ? 0 : PQflush(conn);
+
+		session->lanes.list[i].want_write = flushed == 1;
+		if (flushed < 0)
+			Broken(session, conn);
+	}
 }
 
 void
@@ -162,11 +219,7 @@ Send(Session *session)
 		return;
 	if (session->outstanding == 0 && !session->shared->paused)
 		ConfirmPassed(&session->feed);
-	int flushed = PQflush(session->conn);
-
-	session->want_write = flushed == 1;
-	if (flushed < 0)
-		Broken(session);
+	Flush(session);
 }
 
 /* ---- in ---- */
@@ -174,19 +227,34 @@ Send(Session *session)
 static void
 PopOldest(Session *session)
 {
-	EndShipment(&session->lanes[0]);
+	EndShipment(&session->shipments[0]);
 	for (int i = 1; i < session->outstanding; i++)
-		session->lanes[i - 1] = session->lanes[i];
+		session->shipments[i - 1] = session->shipments[i];
 	session->outstanding--;
-	session->lanes[session->outstanding] = {};
+	session->shipments[session->outstanding] = {};
+}
+
+/* The oldest batch whose answer is not complete; NULL: none is on its way. */
+static Shipment *
+Awaited(Session *session)
+{
+	Shipment *shipment = &session->shipments[session->lost];
+
+	return session->lost < session->outstanding && shipment->sent ? shipment : NULL;
+}
+
+PGconn *
+AwaitedConn(const Session *session)
+{
+	const Shipment *shipment = Awaited((Session *) session);
+
+	return LaneConn(session, shipment != NULL ? shipment->lane : 0);
 }
 
 /* One apply() has returned. */
 static void
-TakeResult(Session *session, const PGresult *res)
+TakeResult(Session *session, Shipment *shipment, const PGresult *res)
 {
-	Shipment *shipment = &session->lanes[0];
-
 	shipment->results_due--;
 	MMREPL_FAULT_POINT("worker-answer");
 	if (!shipment->all_sent)
@@ -198,7 +266,7 @@ TakeResult(Session *session, const PGresult *res)
 		return; /* given up, or the answer to a part that is not the last */
 	uint64 watermark = delivery::ReadWatermark(res);
 
-	if (watermark >= shipment->confirm_to)
+	if (watermark >= shipment->confirm_to && session->lost == 0)
 		return;
 	connection::Failure failure = {};
 
@@ -211,12 +279,24 @@ TakeResult(Session *session, const PGresult *res)
 
 /* The peer refused, or lost, the oldest batch. */
 static void
-TakeFailure(Session *session, const PGresult *res)
+TakeFailure(Session *session, Shipment *shipment, const PGresult *res)
 {
 	connection::Failure failure = {};
 
-	connection::Describe(session->conn, res, &failure);
-	Fail(session, &failure, true);
+	connection::Describe(AwaitedConn(session), res, &failure);
+	if (IsLostAhead(session, res, failure.sqlstate))
+		shipment->failed = true;
+	else
+		Fail(session, &failure, true);
+}
+
+/* It has failed, and so do all that were sent behind it; when all have, they are sent again. */
+static void
+TakeLoss(Session *session)
+{
+	session->lost++;
+	if (Awaited(session) == NULL)
+		SendAgain(session);
 }
 
 /* The oldest batch is committed at the peer. */
@@ -224,8 +304,9 @@ static void
 TakeSync(Session *session)
 {
 	MMREPL_FAULT_POINT("worker-peer-committed");
-	Applied(&session->feed, &session->lanes[0]);
+	Applied(&session->feed, &session->shipments[0]);
 	MMREPL_FAULT_POINT("worker-applied");
+	NoteLaneSuccess(session, &session->shipments[0]);
 	PopOldest(session);
 	NoteSuccess(session);
 }
@@ -233,23 +314,41 @@ TakeSync(Session *session)
 static void
 Dispatch(Session *session, const PGresult *res)
 {
+	Shipment *shipment = Awaited(session);
+
 	session->progress = true;
-	if (session->outstanding == 0)
+	if (shipment == NULL)
 		return;
 	switch (PQresultStatus(res))
 	{
 		case PGRES_TUPLES_OK:
-			TakeResult(session, res);
+			TakeResult(session, shipment, res);
 			break;
 		case PGRES_PIPELINE_SYNC:
-			TakeSync(session);
+			if (shipment->failed)
+				TakeLoss(session);
+			else
+				TakeSync(session);
 			break;
 		case PGRES_COMMAND_OK:
 		case PGRES_PIPELINE_ABORTED:
 			break;
 		default:
-			TakeFailure(session, res);
+			TakeFailure(session, shipment, res);
 			break;
+	}
+}
+
+/* Read what has come, over every connection; what is not awaited yet is kept by libpq. */
+static void
+Consume(Session *session)
+{
+	for (int i = 0; i < guc::kMaxLanes && session->conn != NULL; i++)
+	{
+		PGconn *conn = LaneConn(session, i);
+
+		if (conn != NULL && !PQconsumeInput(conn))
+			Broken(session, conn);
 	}
 }
 
@@ -259,22 +358,22 @@ Receive(Session *session)
 {
 	int nulls = 0;
 
-	if (!PQconsumeInput(session->conn))
+	Consume(session);
+	while (session->conn != NULL && nulls < 2 && !PQisBusy(AwaitedConn(session)))
 	{
-		Broken(session);
-		return false;
-	}
-	while (session->conn != NULL && nulls < 2 && !PQisBusy(session->conn))
-	{
-		PGresult *res = PQgetResult(session->conn);
+		PGresult *res = PQgetResult(AwaitedConn(session));
 
 		nulls = res == NULL ? nulls + 1 : 0;
 		if (res == NULL)
 			continue;
 		Ensured([&] { Dispatch(session, res); }, [&] { PQclear(res); });
 	}
-	if (session->conn != NULL && PQstatus(session->conn) == CONNECTION_BAD)
-		Broken(session);
+	for (int i = 0; i < guc::kMaxLanes && session->conn != NULL; i++)
+		if (PGconn *conn = LaneConn(session, i); conn != NULL && PQstatus(conn) == CONNECTION_BAD)
+			Broken(session, conn);
+	/* Also while nothing new is started: what was filled goes out before anybody else delivers. */
+	if (session->conn != NULL && SendFilled(session))
+		Flush(session);
 	return session->conn != NULL;
 }
 

@@ -6,10 +6,15 @@
 
 #include "worker_internal.hpp"
 
+#include "mmrepl/guc.hpp"
+
 namespace mmrepl::worker
 {
 
-constexpr int kLanes = 2; /* batches on their way at a time */
+constexpr int kInFlight = 2; /* batches on their way at a time over one connection */
+
+/* With n lanes one more is on its way than there are lanes, so that none waits for us. */
+constexpr int kMaxInFlight = guc::kMaxLanes + 1;
 
 /* The last batches that were started, as far as the pace depends on them. */
 constexpr int kPaced = 16;
@@ -37,6 +42,27 @@ struct LogBook
 	int unlogged; /* failures since the last line */
 };
 
+/* Connections over which batches are executed side by side (stream_lanes.cpp). */
+struct Lane
+{
+	PGconn *conn; /* lane 0 is session->conn */
+	int event;	  /* in session->events */
+	bool want_write;
+};
+
+struct Lanes
+{
+	Lane list[guc::kMaxLanes];
+	bool known_there;	 /* the peer's extension knows of them */
+	bool draining;		 /* the last batch was full: more waits */
+	int64 group;		 /* changes in a batch; fewer when batches were in each other's way */
+	int64 alone;		 /* batches to be confirmed before the next one is executed ahead */
+	int64 penalty;		 /* alone after the next loss */
+	int streak;			 /* batches executed ahead with success since something was changed */
+	TimestampTz used_at; /* when a connection but the first was last used */
+	TimestampTz open_at; /* when another one may be opened, after a failure */
+};
+
 struct Session
 {
 	int slot;
@@ -54,14 +80,14 @@ struct Session
 	Feed feed;
 	PGconn *conn;
 	WaitEventSet *events;
-	int socket_event;
-	bool want_write;
+	Lanes lanes;
 	bool holds_lock;
 	LOCKTAG lock; /* what releases it */
 
 	MemoryContext shipments_context;
-	Shipment lanes[kLanes]; /* oldest first */
+	Shipment shipments[kMaxInFlight]; /* oldest first */
 	int outstanding;
+	int lost; /* of these, at the front: executed ahead in vain, all answers are here */
 	Pace pace;
 	int64 group_limit; /* transactions in a batch; lowered to find a refused one */
 
@@ -109,9 +135,34 @@ void Resolve(Session *session);
 void WatchSilence(Session *session);
 TimestampTz SilenceEnds(const Session *session);
 
+/* stream_lanes.cpp: several connections */
+
+void InitLanes(Session *session);
+/* Lanes that may be used now: 1 unless more are set, known at the peer and worth a try. */
+int UsableLanes(const Session *session);
+/* Batches that may be on their way. */
+int Room(const Session *session);
+/* Decide how a batch that was just filled (the last one) is sent. */
+void ChooseLane(Session *session, const Budget &budget);
+PGconn *LaneConn(const Session *session, int lane);
+/* What is waited for: latch, postmaster's end, and every lane's socket. */
+void MakeEvents(Session *session);
+void CloseLanes(Session *session);
+/* Close what has not been used of late; when to look again (0: nothing is open). */
+void RestLanes(Session *session);
+TimestampTz LanesRestAt(const Session *session);
+/* Whether the answer says that the batch was executed ahead in vain, and nothing worse. */
+bool IsLostAhead(const Session *session, const PGresult *res, int sqlstate);
+/* All that was lost is to be sent again, one after the other. */
+void SendAgain(Session *session);
+/* The oldest batch is confirmed, or all connections were given up. */
+void NoteLaneSuccess(Session *session, const Shipment *shipment);
+void NoteLaneFailure(Session *session);
+
 /* pipeline.cpp: batches out, results in */
 bool Receive(Session *session);
 void Send(Session *session);
-bool MayStart(const Session *session); /* whether another batch may be started */
+bool MayStart(const Session *session);		 /* whether another batch may be started */
+PGconn *AwaitedConn(const Session *session); /* where the next answer comes from */
 
 } // namespace mmrepl::worker

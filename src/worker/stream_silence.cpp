@@ -81,7 +81,7 @@ static Answer
 Ask(Session *session)
 {
 	connection::Failure failure = {};
-	int pid = PQbackendPID(session->conn);
+	int pid = PQbackendPID(AwaitedConn(session));
 	PGconn *beside =
 		connection::Open(session->target, connection::DeadlineIn(guc::connect_timeout), &failure);
 	Answer answer = Answer::Nothing;
@@ -126,7 +126,7 @@ WatchSilence(Session *session)
 	now = GetCurrentTimestamp();
 	if (!session->progress && now < ends)
 		return;
-	int unacknowledged = Unacknowledged(session->conn);
+	int unacknowledged = Unacknowledged(AwaitedConn(session));
 
 	if (session->progress || unacknowledged != session->unacknowledged ||
 		Ask(session) == Answer::Works)
@@ -142,7 +142,7 @@ WatchSilence(Session *session)
 	failure.message = psprintf("the peer has not answered for %lld ms, and does not work on it",
 							   (long long) Patience(session));
 	failure.hint = pstrdup("mmrepl.reply_timeout bounds the silence.");
-	session->group_limit = Max(session->lanes[0].transactions / 2, 1);
+	session->group_limit = Max(session->shipments[0].transactions / 2, 1);
 	session->silences++;
 	Fail(session, &failure, false);
 }

@@ -89,6 +89,7 @@ InitSession(Session *session, int slot)
 	session->server = session->shared->server;
 	session->owner = session->shared->owner;
 	session->group_limit = guc::batch_transactions;
+	InitLanes(session);
 	session->config_context =
 		AllocSetContextCreate(TopMemoryContext, "mmrepl configuration", ALLOCSET_SMALL_SIZES);
 	session->shipments_context =
@@ -213,6 +214,8 @@ Timeout(const Session *session)
 		due = due == 0 ? session->recovery_at : Min(due, session->recovery_at);
 	if (uint64 looks_at = LooksAt(session, now); looks_at != 0 && looks_at != shmem::kHeedless)
 		due = due == 0 ? (TimestampTz) looks_at : Min(due, (TimestampTz) looks_at);
+	if (TimestampTz rest = LanesRestAt(session); rest != 0)
+		due = due == 0 ? rest : Min(due, rest);
 	if (TimestampTz silence = SilenceEnds(session); silence != 0)
 		due = due == 0 ? silence : Min(due, silence);
 	if (due == 0)
@@ -235,8 +238,12 @@ Wait(Session *session)
 	}
 	else
 	{
-		ModifyWaitEvent(session->events, session->socket_event,
-						WL_SOCKET_READABLE | (session->want_write ? WL_SOCKET_WRITEABLE : 0), NULL);
+		for (int i = 0; i < guc::kMaxLanes; i++)
+			if (LaneConn(session, i) != NULL)
+				ModifyWaitEvent(session->events, session->lanes.list[i].event,
+								WL_SOCKET_READABLE |
+									(session->lanes.list[i].want_write ? WL_SOCKET_WRITEABLE : 0),
+								NULL);
 		if (WaitEventSetWait(session->events, timeout, &event, 1, PG_WAIT_EXTENSION) == 1 &&
 			(event.events & (WL_SOCKET_READABLE | WL_SOCKET_WRITEABLE)))
 			session->progress = true;
@@ -304,6 +311,7 @@ Round(Session *session)
 	if (session->conn != NULL && !Receive(session))
 		return;
 	WatchSilence(session);
+	RestLanes(session);
 	if (session->shared->paused || session->shared->handover_requests > 0)
 	{
 		Resolve(session);

@@ -75,6 +75,11 @@ struct Shipment
 	uint8 large_flags;
 	uint64 large_changes;
 	uint32 part;
+	int lane;		 /* the connection that it goes over */
+	bool turn;		 /* another one may be executed ahead of its commit */
+	bool ahead;		 /* it is executed ahead of the one before it */
+	bool sent;		 /* at least its first part */
+	bool failed;	 /* executed ahead in vain: it is sent again */
 	bool all_sent;	 /* every part and the sync message */
 	int results_due; /* apply() results not yet received */
 };
