@@ -9,9 +9,9 @@
  * the other, as if there was but one lane.  So there is nothing that only lanes
  * can deliver, and nothing that has to be read from the queue again.
  *
- * How much is tried follows from what came of it: after a loss some batches go
- * alone, twice as many each time, and batches become smaller, since those of
- * fewer rows are less often in each other's way.
+ * How much is tried follows from what came of it: after a loss a batch goes alone,
+ * after one loss upon another twice as many each time; and batches become
+ * smaller, since those of fewer rows are less often in each other's way.
  */
 #include "stream_session.hpp"
 
@@ -23,8 +23,9 @@ namespace mmrepl::worker
 constexpr int64 kMostChanges = 500; /* in a batch that others are executed beside */
 constexpr int64 kLeastChanges = 100;
 constexpr int64 kMostAlone = 64; /* batches after a loss */
+constexpr int kRuns = 4;		 /* successes after which a loss is not one upon another */
 constexpr int64 kAloneAfterFailure = 8;
-constexpr int kStreak = 16; /* successes that make up for a loss */
+constexpr int kStreak = 16; /* successes after which batches may be larger */
 constexpr int64 kOpenDelay = INT64CONST(30) * USECS_PER_SEC;
 #ifdef MMREPL_FAULT_POINTS
 constexpr int64 kIdle = USECS_PER_SEC / 5; /* often enough for a test */
@@ -266,11 +267,10 @@ SendAgain(Session *session)
 	}
 	pg_atomic_fetch_add_u64(&session->shared->counters.batches_redone, session->lost);
 	session->lost = 0;
+	lanes.penalty = lanes.streak < kRuns ? Min(lanes.penalty * 2, kMostAlone) : 1;
+	lanes.alone = lanes.penalty;
 	lanes.streak = 0;
-	lanes.alone = lanes.penalty = Max(lanes.penalty, 1);
-	lanes.penalty = Min(lanes.penalty * 2, kMostAlone);
 	lanes.group = Max(lanes.group * 3 / 4, kLeastChanges);
-	MMREPL_FAULT_POINT("worker-ahead-lost");
 }
 
 void
@@ -284,11 +284,8 @@ NoteLaneSuccess(Session *session, const Shipment *shipment)
 		return;
 	}
 	pg_atomic_fetch_add_u64(&session->shared->counters.batches_ahead, 1);
-	if (++lanes.streak < kStreak)
-		return;
-	lanes.streak = 0;
-	lanes.penalty = Max(lanes.penalty / 2, 1);
-	lanes.group = Min(lanes.group * 4 / 3, kMostChanges);
+	if (++lanes.streak % kStreak == 0)
+		lanes.group = Min(lanes.group * 4 / 3, kMostChanges);
 }
 
 void

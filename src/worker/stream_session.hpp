@@ -57,8 +57,8 @@ struct Lanes
 	bool draining;		 /* the last batch was full: more waits */
 	int64 group;		 /* changes in a batch; fewer when batches were in each other's way */
 	int64 alone;		 /* batches to be confirmed before the next one is executed ahead */
-	int64 penalty;		 /* alone after the next loss */
-	int streak;			 /* batches executed ahead with success since something was changed */
+	int64 penalty;		 /* alone after the last loss */
+	int streak;			 /* batches executed ahead with success since then */
 	TimestampTz used_at; /* when a connection but the first was last used */
 	TimestampTz open_at; /* when another one may be opened, after a failure */
 };
