@@ -32,6 +32,7 @@ mmrepl.buffer_memory = '64kB'
 mmrepl.retry_min_delay = '20ms'
 mmrepl.retry_max_delay = '200ms'
 mmrepl.sync_timeout = '5s'
+mmrepl.lanes = 2
 };
 
 sub new
