@@ -14,7 +14,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 my ($alpha, $beta) =
-  MmreplCluster->new_pair(conf => "mmrepl.retry_min_delay = '50ms'\ndeadlock_timeout = '20s'\n");
+  MmreplCluster->new_pair(conf => "mmrepl.retry_min_delay = '50ms'\ndeadlock_timeout = '30s'\n");
 
 sub here
 {
@@ -82,6 +82,7 @@ $alpha->create_table_on_both(
 	CREATE TABLE other (id int PRIMARY KEY, v bigint);
 	CREATE TABLE audited (id int PRIMARY KEY, version bigint);
 	CREATE TABLE account (id int PRIMARY KEY, balance bigint);
+	CREATE TABLE wide (id int PRIMARY KEY, v text);
 	CREATE TABLE part (id int PRIMARY KEY, v bigint) PARTITION BY RANGE (id);
 	CREATE TABLE part_1 PARTITION OF part FOR VALUES FROM (0) TO (50);
 	CREATE TABLE part_2 PARTITION OF part FOR VALUES FROM (50) TO (1000);
@@ -100,7 +101,7 @@ there(
 	CREATE TRIGGER audit AFTER INSERT OR UPDATE ON audited FOR EACH ROW EXECUTE FUNCTION audit();
 	ALTER TABLE audited ENABLE REPLICA TRIGGER audit;
 });
-my @tables = qw(gate item other audited account part);
+my @tables = qw(gate item other audited account part wide);
 $alpha->create_pair($_, 'beta') foreach @tables;
 
 ###############################################################################
@@ -140,12 +141,15 @@ sub meet
 	}
 	else
 	{
-		$beta->poll_ok("SELECT ($waiting) = 1", "$name: the second one waits for the first")
+		$beta->poll_ok($expected{waits} || "SELECT ($waiting) = 1", "$name: the second one waits")
 		  or die $alpha->describe('beta');
 	}
+	$expected{meanwhile}->() if $expected{meanwhile};
+	my $begun = time;
 	$gate->ok('COMMIT');
 	$gate->quit;
 	synced();
+	cmp_ok(time - $begun, '<', 20, "$name: nobody has waited for deadlock_timeout");
 	$alpha->same_rows($beta, $_, name => "$name: $_") foreach @tables;
 	my $redone = $alpha->stat('beta', 'batches_redone') - $was{batches_redone};
 	if ($expected{error} || $expected{redone})
@@ -207,6 +211,26 @@ section 'what one batch does to another' => sub {
 	is( there('SELECT items FROM audit ORDER BY seq DESC LIMIT 1'),
 		here('SELECT sum(v) FROM item'), 'the trigger sees what the first batch wrote');
 	meet('a partitioned table', 'UPDATE part SET id = 60 + 100 WHERE id = 10', 'INSERT INTO part VALUES (10, 1)');
+
+	my $user = $beta->session;
+	meet('a lock of a user, requested between the two', 'INSERT INTO other VALUES (120, 0)', 'INSERT INTO other VALUES (121, 0)',
+		meanwhile => sub {
+			$user->start('BEGIN; LOCK TABLE other IN ACCESS EXCLUSIVE MODE; COMMIT');
+			$beta->poll_ok(q{SELECT count(*) = 1 FROM pg_locks WHERE relation = 'other'::regclass AND NOT granted},
+				'the user waits for the second one');
+		});
+	is(($user->finish)[1], '', 'and gets his lock');
+
+	# A circle of the second one and a user, in which the first has no part.
+	$user->ok('BEGIN; UPDATE other SET v = v WHERE id = 121');
+	meet('a deadlock with a user', 'UPDATE gate SET v = v WHERE id = 3',
+		'BEGIN; UPDATE other SET v = 5 WHERE id = 120; UPDATE other SET v = 5 WHERE id = 121; COMMIT',
+		waits => q{SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'
+			AND pid IN (SELECT pid FROM pg_locks WHERE relation = 'other'::regclass AND mode = 'RowExclusiveLock'))},
+		meanwhile => sub { $user->ok('UPDATE other SET v = v WHERE id = 120; COMMIT') },
+		redone => 1);
+	$user->quit;
+
 	is($beta->stat('alpha', 'coalesce(conflicts, 0)'), '0', 'none of this was taken for a conflict')
 	  if $beta->stat('alpha', 'count(*)');
 	ok(!$beta->log_contains(qr/conflict detected/), 'nor does the log know of any');
@@ -306,28 +330,128 @@ section 'readers' => sub {
 
 ###############################################################################
 
+# A backlog whose first batch stands still while another one waits for its turn:
+# what is done then to one of the two.
+sub disturb
+{
+	my ($name, $disturb) = @_;
+	my $gate = $beta->session;
+
+	settle();
+	hold();
+	here('UPDATE gate SET v = v + 1 WHERE id = 100');
+	backlog(200);
+	$gate->ok('BEGIN; UPDATE gate SET v = v WHERE id = 100');
+	release();
+	$beta->poll_ok("SELECT ($waiting) > 0", "$name: a batch waits for the one before it");
+	$disturb->();
+	$gate->ok('COMMIT');
+	$gate->quit;
+	judge($name);
+	return;
+}
+
+sub waiter
+{
+	return there($waiting =~ s/count\(\*\)/pid/r . ' LIMIT 1');
+}
+
 section 'sessions that are killed' => sub {
 	set_config('mmrepl.batch_transactions', '2');
-	foreach my $victim ('the batch that is waited for', 'the batch that waits')
-	{
-		my $gate = $beta->session;
-		my $waiter = $waiting =~ s/count\(\*\)/pid/r;
+	disturb('the batch that is waited for is killed', sub {
+		$beta->terminate(there(q{SELECT pid FROM pg_stat_activity WHERE query LIKE '%mmrepl.apply%'
+			AND wait_event IN ('transactionid', 'tuple') ORDER BY xact_start LIMIT 1}));
+	});
+	disturb('the batch that waits is killed', sub { $beta->terminate(waiter()) });
 
-		settle();
-		hold();
-		here('UPDATE gate SET v = v + 1 WHERE id = 100');
-		backlog(300);
-		$gate->ok('BEGIN; UPDATE gate SET v = v WHERE id = 100');
-		release();
-		$beta->poll_ok("SELECT ($waiting) > 0", 'a batch waits for the one before it');
-		my $pid = $victim =~ /waits$/ ? there("$waiter LIMIT 1")
-		  : there(q{SELECT pid FROM pg_stat_activity WHERE query LIKE '%mmrepl.apply%'
-			AND wait_event IN ('transactionid', 'tuple') ORDER BY xact_start LIMIT 1});
-		$beta->terminate($pid);
-		$gate->ok('COMMIT');
-		$gate->quit;
-		judge("$victim was killed");
+	my $retries = $alpha->stat('beta', 'retries');
+	my $redone = $alpha->stat('beta', 'batches_redone');
+	disturb('the batch that waits is cancelled', sub {
+		my $pid = waiter();
+		there("SELECT pg_cancel_backend($pid)");
+		$beta->poll_ok("SELECT NOT EXISTS (SELECT FROM pg_locks WHERE pid = $pid AND NOT granted)", 'it waits no more');
+	});
+	is($alpha->stat('beta', 'retries'), $retries, 'a cancel of what is ahead is no failure');
+	cmp_ok($alpha->stat('beta', 'batches_redone'), '>', $redone, 'it was done once more');
+
+	disturb('the worker is killed', sub {
+		$alpha->terminate(here(q{SELECT pid FROM mmrepl.pg_stat_mmrepl WHERE server = 'beta'}));
+	});
+};
+
+###############################################################################
+
+section 'a transaction that is refused' => sub {
+	my $was = $alpha->stat('beta', 'batches_ahead');
+
+	there('ALTER TABLE account ALTER balance SET NOT NULL');
+	settle();
+	hold();
+	here("UPDATE gate SET v = v + 1 WHERE id = $_") foreach 1 .. 9;
+	here('UPDATE account SET balance = NULL WHERE id = 5');
+	my $ticket = here('SELECT max(ticket) FROM mmrepl.sync_err_rec');
+	here("INSERT INTO gate VALUES (3000 + $_, 0)") foreach 1 .. 9;
+	release();
+	$alpha->poll_state('beta', 'blocked');
+	is($alpha->stat('beta', 'blocked_ticket'), $ticket, 'the stream is blocked by that one');
+	is(there('SELECT sum(v) FROM gate WHERE id < 10'), here('SELECT sum(v) FROM gate WHERE id < 10'),
+		'what was before it is there');
+	is(there('SELECT count(*) FROM gate WHERE id > 3000'), '0', 'and nothing that is behind it');
+	here("SELECT mmrepl.skip('beta', $ticket, 'refused')");
+	synced();
+	is(there('SELECT balance FROM account WHERE id = 5') ne '', 1, 'it was skipped');
+	$alpha->same_rows($beta, 'gate', name => 'and what is behind it has come');
+	here('UPDATE account SET balance = 7 WHERE id = 5');
+	settle();
+	judge('after a refusal');
+	cmp_ok($alpha->stat('beta', 'batches_ahead'), '>', $was, 'batches are executed ahead again');
+};
+
+section 'prepared transactions' => sub {
+	my $was = $alpha->stat('beta', 'batches_ahead');
+
+	hold();
+	here("BEGIN; INSERT INTO gate VALUES (2000 + $_, 0); UPDATE gate SET v = v + 1 WHERE id = 60 + $_; PREPARE TRANSACTION 'late_$_'")
+	  foreach 1 .. 4;
+	backlog(40);
+	foreach my $i (1 .. 4)
+	{
+		here("COMMIT PREPARED 'late_$i'");
+		here("UPDATE gate SET v = v + 1 WHERE id IN (2000 + $i, 60 + $i)");
+		backlog(20);
 	}
+	release();
+	judge('transactions that were prepared earlier');
+	cmp_ok($alpha->stat('beta', 'batches_ahead'), '>', $was, 'batches were executed ahead');
+};
+
+# A large transaction, one that has to wait for it on the same connection, and
+# two that could be executed ahead of that one: the last of them must not get a
+# row that the large one still wants.
+section 'a batch that has not begun' => sub {
+	my $gate = $beta->session;
+
+	set_config('mmrepl.batch_size', '64kB');
+	settle();
+	my %was = map { $_ => $alpha->stat('beta', $_) } qw(batches_redone retries bytes_sent);
+	hold();
+	here(q{
+		BEGIN;
+		INSERT INTO wide SELECT g, repeat('x', 1000) FROM generate_series(1, 100) g;
+		UPDATE gate SET v = v + 1 WHERE id = 1;
+		UPDATE gate SET v = v + 1 WHERE id = 7;
+		COMMIT});
+	here("UPDATE gate SET v = v + 1 WHERE id = $_") foreach 2 .. 7;
+	$gate->ok('BEGIN; UPDATE gate SET v = v WHERE id = 1');
+	release();
+	$alpha->poll_ok("SELECT bytes_sent > $was{bytes_sent} + 100000 FROM mmrepl.pg_stat_mmrepl WHERE server = 'beta'",
+		'the large one has been sent');
+	$beta->poll_ok(q{SELECT count(*) = 1 FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'}, 'and stands still');
+	$gate->ok('COMMIT');
+	$gate->quit;
+	judge('behind a large transaction');
+	is($alpha->stat('beta', $_), $was{$_}, "$_: as before") foreach qw(batches_redone retries);
+	set_config('mmrepl.batch_size', '1MB');
 };
 
 section 'the peer restarts' => sub {
@@ -365,6 +489,28 @@ section 'steering' => sub {
 	release();
 	here('SELECT mmrepl.deal_sync_err_rec(10000)');
 	judge('delivered by hand meanwhile');
+};
+
+# An older build of the extension at the peer.
+section 'a peer that knows no lanes' => sub {
+	there(
+		q{ALTER FUNCTION mmrepl.hello(uuid, int, int) RENAME TO hello_of_today;
+		  ALTER FUNCTION mmrepl.apply(bytea) RENAME TO apply_of_today;
+		  CREATE FUNCTION mmrepl.hello(uuid, int, int, OUT protocol int, OUT node uuid, OUT watermark bigint, OUT server_version int)
+			LANGUAGE sql AS 'SELECT * FROM mmrepl.hello_of_today($1, $2, 1)';
+		  CREATE FUNCTION mmrepl.apply(batch bytea) RETURNS bigint LANGUAGE plpgsql AS $$
+		  BEGIN
+			IF get_byte(batch, 4) & 24 <> 0 THEN RAISE 'unknown flags'; END IF;
+			RETURN mmrepl.apply_of_today(batch);
+		  END $$});
+	$beta->terminate_peers;
+	settle();
+	my $was = $alpha->stat('beta', 'batches_ahead');
+	backlog(300);
+	judge('a peer of protocol 1');
+	is($alpha->stat('beta', 'batches_ahead'), $was, 'nothing is executed ahead');
+	is($alpha->stat('beta', 'last_error') =~ /unknown flags/ ? 1 : 0, 0, 'it is told of no turns');
+	is(scalar $beta->peer_sessions, 1, 'there is one connection');
 };
 
 is($alpha->queued('beta'), '0', 'nothing is left queued');

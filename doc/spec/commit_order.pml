@@ -13,7 +13,7 @@
  *	 REGISTER	0: the stream has its slot from the start; 1: it gets one at any
  *				time; 2: it has one, and may move to another one at any time
  *	 BATCH		transactions in a batch (Budget), 1 or 2
- *	 LANES		batches on their way (kLanes)
+ *	 LANES		batches on their way (kInFlight)
  *	 CAP		entries that fit into the ring
  *	 NO_ABORTS	every ordinary transaction commits
  *	 TRAP_n		a mistake, see README.md

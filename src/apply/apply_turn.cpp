@@ -24,6 +24,7 @@ namespace mmrepl::apply
 {
 
 constexpr int kLookEvery = 10;		 /* ms between looks for a deadlock, while ahead */
+constexpr int kOftenLooks = 100;	 /* so many; then every tenth only */
 constexpr int kBeginTimeout = 10000; /* ms to wait for a batch that was sent before */
 constexpr int kRemembered = 1024;	 /* turns that are known to have been taken */
 
@@ -109,12 +110,23 @@ TakeTurn(const Session *session)
  * that while he waits for a lock, and nothing at all while he does not.)
  */
 static TimeoutId alarm_id = MAX_TIMEOUTS;
+static volatile sig_atomic_t looks;
+
+/* Signal handler.  Each look locks the lock table: not for hours, a hundred times a second. */
+static void
+OnAlarm()
+{
+	looks = looks + 1;
+	if (looks <= kOftenLooks || looks % 10 == 0)
+		CheckDeadLockAlert();
+}
 
 static void
 WatchForDeadlocks()
 {
+	looks = 0;
 	if (alarm_id == MAX_TIMEOUTS)
-		alarm_id = RegisterTimeout(USER_TIMEOUT, CheckDeadLockAlert);
+		alarm_id = RegisterTimeout(USER_TIMEOUT, OnAlarm);
 	enable_timeout_every(alarm_id, TimestampTzPlusMilliseconds(GetCurrentTimestamp(), kLookEvery),
 						 kLookEvery);
 }

@@ -61,12 +61,29 @@ UsableLanes(const Session *session)
 	return LanesSet(session);
 }
 
+/* Whether the peer may still be busy with another batch over the last one's connection. */
+static bool
+IsBehindAnother(const Session *session)
+{
+	for (int i = 0; i < session->outstanding - 1; i++)
+		if (session->shipments[i].lane == session->shipments[session->outstanding - 1].lane)
+			return true;
+	return false;
+}
+
+/*
+ * Nothing follows a batch that the peer may not have begun with: who follows would
+ * wait for its begin, no deadlock detector knows of that wait, and those that are
+ * ahead of who follows already have rows.
+ */
 int
 Room(const Session *session)
 {
 	int lanes = session->lanes.draining ? UsableLanes(session) : 1;
 
-	return lanes > 1 ? lanes + 1 : kInFlight;
+	if (lanes == 1)
+		return kInFlight;
+	return IsBehindAnother(session) ? session->outstanding : lanes + 1;
 }
 
 /* ---- connections ---- */
@@ -107,19 +124,22 @@ CloseLanes(Session *session)
 	}
 }
 
-static bool
-AnyLaneOpen(const Session *session)
+/* 0: there is the first one only, if any. */
+static int
+HighestLane(const Session *session)
 {
+	int highest = 0;
+
 	for (int i = 1; i < guc::kMaxLanes; i++)
 		if (session->lanes.list[i].conn != NULL)
-			return true;
-	return false;
+			highest = i;
+	return highest;
 }
 
 TimestampTz
 LanesRestAt(const Session *session)
 {
-	if (session->outstanding > 0 || !AnyLaneOpen(session))
+	if (session->outstanding > 0 || HighestLane(session) == 0)
 		return 0;
 	return session->lanes.used_at + kIdle;
 }
@@ -128,10 +148,13 @@ void
 RestLanes(Session *session)
 {
 	TimestampTz at = LanesRestAt(session);
+
+	if (at == 0)
+		return;
 	TimestampTz now = GetCurrentTimestamp();
 
 	/* Later than that it is only when the clock was set back. */
-	if (at == 0 || (LanesSet(session) > 1 && now < at && at <= now + kIdle))
+	if (HighestLane(session) < LanesSet(session) && now < at && at <= now + kIdle)
 		return;
 	CloseLanes(session);
 	MakeEvents(session);
@@ -147,7 +170,7 @@ GreetBeside(Session *session, PGconn *conn, connection::Failure *failure)
 	return delivery::TryHello(conn, session->feed.node, session->stream,
 							  connection::DeadlineIn(guc::connect_timeout), &peer, failure) &&
 		   memcmp(&peer.node, &session->shared->peer_node, sizeof(peer.node)) == 0 &&
-		   PQenterPipelineMode(conn);
+		   peer.protocol >= batch::kLanesProtocol && PQenterPipelineMode(conn);
 }
 
 /* A lane's connection, which is not yet open; false: not now. */

@@ -266,8 +266,12 @@ TakeResult(Session *session, Shipment *shipment, const PGresult *res)
 		return; /* given up, or the answer to a part that is not the last */
 	uint64 watermark = delivery::ReadWatermark(res);
 
-	if (watermark >= shipment->confirm_to && session->lost == 0)
+	if (watermark >= shipment->confirm_to)
+	{
+		/* Those before it are there by other means: a session that was given up.  They are asked for. */
+		shipment->failed = session->lost > 0;
 		return;
+	}
 	connection::Failure failure = {};
 
 	failure.sqlstate = ERRCODE_MMREPL_OUT_OF_ORDER;
