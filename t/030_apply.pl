@@ -175,6 +175,74 @@ section 'runs of inserts that meet rows with their keys' => sub {
 	}
 };
 
+# Updates are collected, located together, and written in their order.
+section 'runs of updates' => sub {
+	$alpha->create_table_on_both($beta,
+		'CREATE TABLE step (id int PRIMARY KEY, u int UNIQUE, v text, filler text)'
+	);
+	$alpha->create_pair('step', 'beta');
+	$alpha->safe_psql('postgres',
+		q{INSERT INTO step SELECT i, i, 'start', repeat('x', 500) FROM generate_series(1, 300) i}
+	);
+	$alpha->wait_caught_up('beta');
+
+	# Another unique key is handed on from row to row; two rows are not there.
+	hold();
+	$beta->safe_psql('postgres', 'DELETE FROM step WHERE id IN (150, 250)');
+	$alpha->safe_psql(
+		'postgres', q{
+		UPDATE step SET u = -1 WHERE id = 1;
+		DO $$ BEGIN
+			FOR i IN 2 .. 300 LOOP
+				UPDATE step SET u = i - 1 WHERE id = i;
+			END LOOP;
+		END $$;
+		UPDATE step SET v = 'once', filler = repeat('y', 700);
+		UPDATE step SET v = v || ' and again' WHERE id % 2 = 0;
+		UPDATE step SET id = id + 1000 WHERE id % 50 = 0;
+		UPDATE step SET v = v || ' elsewhere' WHERE id > 1000;
+	});
+	my $before = conflicts();
+
+	release();
+	is(conflicts() - $before, 2, 'a conflict for each row that was gone');
+	$alpha->same_rows($beta, 'step');
+
+	# Somebody holds rows of the run, and changes or removes them.
+	my $session = $beta->session;
+
+	$before = conflicts();
+	$session->ok('BEGIN');
+	$session->ok('SELECT 1 FROM step WHERE id IN (20, 30) FOR UPDATE');
+	$alpha->safe_psql('postgres',
+		q{UPDATE step SET v = 'alpha' WHERE id BETWEEN 10 AND 40});
+	await_blocked($session);
+	$session->ok(
+		q{UPDATE step SET v = 'beta', filler = repeat('z', 2000) WHERE id = 20});
+	$session->ok('DELETE FROM step WHERE id = 30');
+	$session->ok('COMMIT');
+	$session->quit;
+	$alpha->wait_caught_up('beta');
+	is(conflicts() - $before, 1, 'a conflict for the row that was removed');
+	$alpha->same_rows($beta, 'step');
+
+	# A row in the middle that is refused is named.
+	$beta->safe_psql('postgres',
+		q{ALTER TABLE step ADD CONSTRAINT fine CHECK (v <> 'wrong')});
+	$alpha->safe_psql('postgres',
+		q{UPDATE step SET v = CASE id WHEN 44 THEN 'wrong' ELSE 'right' END WHERE id BETWEEN 41 AND 49}
+	);
+	$alpha->poll_state('beta', 'blocked');
+	like(
+		$alpha->stat('beta', 'last_error'),
+		qr/violates check constraint "fine".*UPDATE, relation "public.step", key \(44\)/s,
+		'the refused row of a run is named');
+	$beta->safe_psql('postgres', 'ALTER TABLE step DROP CONSTRAINT fine');
+	$alpha->safe_psql('postgres', q{SELECT mmrepl.retry_now('beta')});
+	$alpha->wait_caught_up('beta');
+	$alpha->same_rows($beta, 'step');
+};
+
 section 'an insert whose key somebody is just inserting' => sub {
 	foreach my $end ('COMMIT', 'ROLLBACK')
 	{

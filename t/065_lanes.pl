@@ -109,6 +109,7 @@ $alpha->create_pair($_, 'beta') foreach @tables;
 # Whatever was lost before: so many batches make up for it.
 sub settle
 {
+	here('INSERT INTO gate VALUES (1, 0), (100, 0) ON CONFLICT DO NOTHING');
 	here(q{DO $$ BEGIN FOR i IN 1 .. 150 LOOP UPDATE gate SET v = v + 1 WHERE id = i % 50 + 10; COMMIT; END LOOP; END $$});
 	synced();
 	return;
@@ -128,7 +129,7 @@ sub meet
 
 	settle();
 	hold();
-	here("UPDATE gate SET v = v + 1 WHERE id = 1");
+	here('DELETE FROM gate WHERE id = 1'); # an update would wait to be written with others
 	here($_) foreach @first;
 	here($_) foreach @second;
 	here("UPDATE gate SET v = v + 1 WHERE id = 2");
@@ -339,7 +340,7 @@ sub disturb
 
 	settle();
 	hold();
-	here('UPDATE gate SET v = v + 1 WHERE id = 100');
+	here('DELETE FROM gate WHERE id = 100');
 	backlog(200);
 	$gate->ok('BEGIN; UPDATE gate SET v = v WHERE id = 100');
 	release();

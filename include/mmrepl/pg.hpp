@@ -90,6 +90,7 @@ extern "C" {
 #include "postmaster/interrupt.h"
 #include "replication/origin.h"
 #include "rewrite/rewriteHandler.h"
+#include "storage/buf_internals.h"
 #include "storage/bufmgr.h"
 #include "storage/condition_variable.h"
 #include "storage/fd.h"

@@ -77,6 +77,56 @@ AppendKey(StringInfo out, const Session *session)
 	appendStringInfoChar(out, ')');
 }
 
+/* The same from a row's datums. */
+static void
+AppendDatum(StringInfo out, Oid type, Datum value, bool is_null)
+{
+	switch (is_null ? InvalidOid : type)
+	{
+		case InvalidOid:
+			appendStringInfoString(out, "null");
+			return;
+		case INT2OID:
+			appendStringInfo(out, "%d", DatumGetInt16(value));
+			return;
+		case INT4OID:
+			appendStringInfo(out, "%d", DatumGetInt32(value));
+			return;
+		case INT8OID:
+			appendStringInfo(out, INT64_FORMAT, DatumGetInt64(value));
+			return;
+		case TEXTOID:
+		case VARCHAROID:
+		case BPCHAROID:
+			if (VARSIZE_ANY_EXHDR(DatumGetPointer(value)) <= kShownBytes)
+			{
+				appendBinaryStringInfo(out, VARDATA_ANY(DatumGetPointer(value)),
+									   VARSIZE_ANY_EXHDR(DatumGetPointer(value)));
+				return;
+			}
+	}
+	appendStringInfoString(out, "...");
+}
+
+/* The key of a collected update, in the order of its columns, as AppendKey() has it. */
+static void
+AppendKeyOfRow(StringInfo out, const Target *target)
+{
+	const TupleTableSlot *row = target->search;
+	const char *before = ", key (";
+
+	for (int i = 0; i < target->n_keys; i++)
+	{
+		int at = target->key_attnums[i] - 1;
+
+		appendStringInfoString(out, before);
+		AppendDatum(out, TupleDescAttr(target->desc, at)->atttypid, row->tts_values[at],
+					row->tts_isnull[at]);
+		before = ", ";
+	}
+	appendStringInfoChar(out, ')');
+}
+
 /* The usual form of a uuid, without a function that could raise. */
 static void
 FormatNode(const pg_uuid_t &node, char *out)
@@ -101,9 +151,13 @@ AppendWork(StringInfo out, const Session *session)
 	appendStringInfoString(out, " (");
 	if (session->change != NULL)
 		appendStringInfo(out, "%s, ", Operation(session->change));
+	else if (session->updating != NULL)
+		appendStringInfoString(out, "UPDATE, ");
 	appendStringInfo(out, "relation \"%s.%s\"", session->schema, session->table);
 	if (session->change != NULL)
 		AppendKey(out, session);
+	else if (session->updating != NULL)
+		AppendKeyOfRow(out, session->updating);
 	appendStringInfoChar(out, ')');
 }
 

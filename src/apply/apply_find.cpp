@@ -297,6 +297,94 @@ PeekRow(Leaf *leaf, TupleTableSlot *search)
 	return Search(leaf, search, NULL);
 }
 
+/* ---- looking ahead ---- */
+
+/*
+ * Start to fetch a page that is in shared buffers, and its buffer's header, into the
+ * processor's caches: all of it, for whoever visits the page may prune it.
+ */
+static void
+FetchAhead(Relation rel, BlockNumber block)
+{
+	constexpr int line = 64;
+	Buffer buffer = PrefetchBuffer(rel, MAIN_FORKNUM, block).recent_buffer;
+
+	if (!BufferIsValid(buffer) || BufferIsLocal(buffer))
+		return;
+	const char *page = (const char *) BufferGetPage(buffer);
+
+	__builtin_prefetch(GetBufferDescriptor(buffer - 1), 1);
+	for (int at = 0; at < BLCKSZ; at += line)
+		__builtin_prefetch(page + at, 1);
+}
+
+ItemPointerData
+Locate(Leaf *leaf, TupleTableSlot *search)
+{
+	ItemPointerData place;
+
+	ItemPointerSetInvalid(&place);
+	if (!SetKeys(leaf, search))
+		return place;
+	InContext(leaf->context, [&] {
+		index_rescan(leaf->scan, leaf->keys, leaf->n_keys, NULL, 0);
+		ItemPointer tid = index_getnext_tid(leaf->scan, ForwardScanDirection);
+
+		if (tid != NULL)
+			place = *tid;
+	});
+	if (ItemPointerIsValid(&place))
+		FetchAhead(leaf->info->ri_RelationDesc, ItemPointerGetBlockNumber(&place));
+	return place;
+}
+
+void
+StopLocating(Leaf *leaf)
+{
+	index_rescan(leaf->scan, leaf->keys, leaf->n_keys, NULL, 0);
+}
+
+/* Whether the row in leaf->found has the key that SetKeys() has set. */
+static bool
+HasKey(Leaf *leaf)
+{
+	for (int i = 0; i < leaf->n_keys; i++)
+	{
+		ScanKeyData *key = &leaf->keys[i];
+		bool is_null;
+		Datum value = slot_getattr(leaf->found, leaf->key_attnums[i], &is_null);
+
+		if (is_null || !DatumGetBool(FunctionCall2Coll(&key->sk_func, key->sk_collation, value,
+													   key->sk_argument)))
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Whether the row of that key is there and nobody else is writing it.  The place may
+ * have been given to another row since the index was asked, so its key is looked at.
+ */
+static bool
+IsAt(Leaf *leaf, TupleTableSlot *search, ItemPointerData place)
+{
+	bool more = false;
+
+	return ItemPointerIsValid(&place) && SetKeys(leaf, search) &&
+		   table_index_fetch_tuple(leaf->scan->xs_heapfetch, &place, &leaf->dirty, leaf->found,
+								   &more, NULL) &&
+		   !TransactionIdIsValid(Writer(leaf)) && HasKey(leaf);
+}
+
+bool
+PeekRowAt(Leaf *leaf, TupleTableSlot *search, const ItemPointerData &place)
+{
+	if (!InContext(leaf->context, [&] { return IsAt(leaf, search, place); }))
+		return PeekRow(leaf, search);
+	MakeWritable(leaf);
+	return true;
+}
+
 /* False: it has changed since it was found, look again. */
 bool
 LockPeeked(Leaf *leaf, LockTupleMode mode)

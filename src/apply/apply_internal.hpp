@@ -13,7 +13,9 @@
  *	 apply_find.cpp		the row that a key names, locked
  *	 apply_compare.cpp	whether the row that is here is the one that was changed
  *	 apply_write.cpp	insert, update, delete and their conflicts
- *	 apply_bulk.cpp		runs of inserts, written together
+ *	 apply_collect.cpp	changes that wait to be written together
+ *	 apply_bulk.cpp		runs of inserts
+ *	 apply_group.cpp	runs of updates
  *	 apply_truncate.cpp	truncate
  */
 #pragma once
@@ -109,7 +111,7 @@ struct Leaf
 	MemoryContext context; /* the scan's: it allocates as it goes, and outlives the row */
 };
 
-struct Bulk; /* inserts that wait to be written together (apply_bulk.cpp) */
+struct Run; /* changes that wait to be written together */
 
 /*
  * A relation of the change set at this node, open for the rest of the batch; of
@@ -157,7 +159,29 @@ struct Target
 	AttrNumber *default_attnums;
 	ExprState **defaults;
 	bool volatile_defaults;
-	Bulk *bulk; /* NULL: rows of this table are inserted one by one */
+	Run *run; /* NULL: rows of this table are written one by one */
+};
+
+constexpr int kRunRows = 1000;
+constexpr int kGroupRows = 64;
+constexpr Size kRunBytes = 65536;
+
+/* Changes of one kind, inserts or updates, to a table with one leaf, in their order. */
+struct Run
+{
+	Target *next;		   /* in the list of those that have some */
+	MemoryContext context; /* what writing inserts needs */
+	List *key_index;	   /* reports a key that is there instead of raising; NIL: no inserts */
+	change::Kind kind;
+	int count;
+	Size bytes;
+	uint64 tickets[kRunRows];
+	int n_inserts; /* slots made so far */
+	TupleTableSlot *inserts[kRunRows];
+	bool conflicts[kRunRows];
+	int n_updates;
+	TupleTableSlot *updates[kGroupRows];
+	ItemPointerData places[kGroupRows]; /* where the index says that the row is */
 };
 
 /* Which definition of the current segment belongs to which target. */
@@ -195,7 +219,7 @@ struct Session
 	Target *targets;
 	Binding bindings[change::kSegmentRelations + 1];
 	int n_bindings;
-	Target *collected; /* targets with inserts that wait (apply_bulk.cpp) */
+	Target *collected; /* targets with changes that wait */
 	List *truncated;   /* relations of TRUNCATE records that wait to be done together */
 	int64 conflicts;
 	bool may_defer;			/* something may wait for the transaction's end to be checked */
@@ -207,7 +231,8 @@ struct Session
 	const change::Change *change;
 	const char *schema; /* of the table being written; NULL: none yet */
 	const char *table;
-	Leaf *inserting; /* the key was looked up there and not found */
+	const Target *updating; /* a collected update; the key is in its search slot */
+	Leaf *inserting;		/* the key was looked up there and not found */
 };
 
 /* ---- apply.cpp ---- */
@@ -345,6 +370,15 @@ void CloseSearch(Leaf *leaf);
 bool FindRow(Leaf *leaf, TupleTableSlot *search, LockTupleMode mode);
 /* The same without the lock, for WriteUpdate() and WriteDelete(). */
 bool PeekRow(Leaf *leaf, TupleTableSlot *search);
+/*
+ * PeekRow() in two steps, for rows that are looked for together.  Locate() asks the
+ * index and starts to fetch the page into the processor's caches; invalid: it knows none.
+ * StopLocating() gives up its pins.  PeekRowAt() looks there first; no more than a hint,
+ * since everything may have changed in between.
+ */
+ItemPointerData Locate(Leaf *leaf, TupleTableSlot *search);
+void StopLocating(Leaf *leaf);
+bool PeekRowAt(Leaf *leaf, TupleTableSlot *search, const ItemPointerData &place);
 /* Lock what PeekRow() found; false when it has changed since. */
 bool LockPeeked(Leaf *leaf, LockTupleMode mode);
 /* "(id)=(5)", or NULL when it may not be shown. */
@@ -369,16 +403,31 @@ void CheckRow(Target *target, Leaf *leaf, TupleTableSlot *row);
 /* Insert target->row, in the leaf's layout `row`; a row with its key may be there. */
 void PlaceRow(Session *session, Target *target, Leaf *leaf, TupleTableSlot *row);
 
-/* ---- apply_bulk.cpp ---- */
+/* Update the row of that key; `place` is a hint, see PeekRowAt(). */
+void WriteCollectedUpdate(Session *session, Target *target, TupleTableSlot *row,
+						  const ItemPointerData &place);
 
-/* Decide whether inserts into the target's only leaf are collected. */
-void InitBulk(Target *target, Leaf *leaf);
-/* Insert target->row later, together with others; target->bulk must be set. */
-void Collect(Session *session, Target *target);
+/* ---- apply_collect.cpp ---- */
+
+/* Decide whether changes to the target's only leaf are collected. */
+void InitRun(Target *target, Leaf *leaf);
+bool CollectsInserts(const Target *target);
+bool CollectsUpdates(const Target *target);
+/* Write target->row later, together with others. */
+void CollectInsert(Session *session, Target *target);
+void CollectUpdate(Session *session, Target *target);
 /* Write what was collected for a target, for all, or what must precede a change. */
 void FlushCollected(Session *session, Target *target);
 void FlushAllCollected(Session *session);
-void FlushBefore(Session *session, Target *target, change::Kind kind, bool observed);
+void FlushBefore(Session *session, Target *target, const change::Change *change, bool observed);
+
+/* ---- apply_bulk.cpp, apply_group.cpp ---- */
+
+/* Write target->run; in the memory of the run, with the owner's rights. */
+void WriteInserts(Session *session, Target *target);
+void WriteUpdates(Session *session, Target *target);
+/* Let `to` have the values of `from`; memory is shared. */
+void ShareRow(TupleTableSlot *to, TupleTableSlot *from);
 
 /* ---- apply_truncate.cpp ---- */
 

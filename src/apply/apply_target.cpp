@@ -400,7 +400,7 @@ InitTarget(Session *session, Target *target, const change::Relation *relation)
 		return;
 	}
 	ExecOpenIndices(target->info, false);
-	InitBulk(target, MakeLeaf(session, target, target->info));
+	InitRun(target, MakeLeaf(session, target, target->info));
 	JudgeKeeping(target);
 }
 

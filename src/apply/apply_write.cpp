@@ -334,8 +334,25 @@ CheckPublication(Leaf *leaf, CmdType command)
 static bool
 MayChange(Session *session, Target *target, Leaf *leaf, Type type, TupleTableSlot *search)
 {
-	return IsExpectedRow(session, target, leaf, session->change) ||
+	return !target->carries_old || IsExpectedRow(session, target, leaf, session->change) ||
 		   Resolve(session, target, leaf, type, search) == Action::Apply;
+}
+
+/* Update what PeekRow() found, or finds when that has changed since; false when there is none. */
+static bool
+UpdatePeeked(Session *session, Target *target, Leaf *leaf, TupleTableSlot *search, bool found)
+{
+	for (; found; found = PeekRow(leaf, search))
+	{
+		bool done = !MayChange(session, target, leaf, Type::UpdateOriginDiffers, search) ||
+					UpdateFound(session, target, leaf, false);
+
+		ExecClearTuple(leaf->found);
+		if (done)
+			return true;
+		CHECK_FOR_INTERRUPTS();
+	}
+	return false;
 }
 
 /* Find the row by its key and update it, if the rule lets; false when there is none. */
@@ -348,17 +365,7 @@ UpdateRow(Session *session, Target *target, Leaf *leaf, TupleTableSlot *search, 
 		return FindRow(leaf, search, mode) && (!MayChange(session, target, leaf, type, search) ||
 											   UpdateFound(session, target, leaf, true));
 	CheckPublication(leaf, CMD_UPDATE);
-	while (PeekRow(leaf, search))
-	{
-		bool done = !MayChange(session, target, leaf, type, search) ||
-					UpdateFound(session, target, leaf, false);
-
-		ExecClearTuple(leaf->found);
-		if (done)
-			return true;
-		CHECK_FOR_INTERRUPTS();
-	}
-	return false;
+	return UpdatePeeked(session, target, leaf, search, PeekRow(leaf, search));
 }
 
 /* Find the row by its key and delete it, if the rule lets; false when there is none. */
@@ -414,9 +421,9 @@ static void
 InsertRow(Session *session, Target *target)
 {
 	FillDefaults(target);
-	if (target->bulk != NULL)
+	if (CollectsInserts(target))
 	{
-		Collect(session, target);
+		CollectInsert(session, target);
 		return;
 	}
 	Leaf *leaf = Route(session, target, target->row);
@@ -424,11 +431,31 @@ InsertRow(Session *session, Target *target)
 	PlaceRow(session, target, leaf, ToLeaf(leaf, target->row));
 }
 
+/* There is no row to be updated: the rule may want the new one nevertheless. */
+static void
+PlaceMissing(Session *session, Target *target, Leaf *leaf, TupleTableSlot *search)
+{
+	if (Resolve(session, target, leaf, Type::UpdateMissing, search) != Action::Insert)
+		return;
+	CheckOnce(session, target, ACL_INSERT);
+	FillDefaults(target);
+	Leaf *to = Route(session, target, target->row);
+
+	PlaceRow(session, target, to, ToLeaf(to, target->row));
+}
+
 /* Found by the old key where the key changes, else by the key in the new row. */
 static void
 Update(Session *session, Target *target, const change::Change *change)
 {
+	LockTupleMode mode = change->has_old_key ? LockTupleExclusive : LockTupleNoKeyExclusive;
+
 	ReadRow(session, target, change);
+	if (!change->has_old_key && CollectsUpdates(target))
+	{
+		CollectUpdate(session, target);
+		return;
+	}
 	if (change->has_old_key)
 		ReadKey(session, target, change);
 	else
@@ -436,16 +463,38 @@ Update(Session *session, Target *target, const change::Change *change)
 	Leaf *leaf = Route(session, target, target->search);
 	TupleTableSlot *search = ToLeaf(leaf, target->search);
 
-	LockTupleMode mode = change->has_old_key ? LockTupleExclusive : LockTupleNoKeyExclusive;
+	if (!UpdateRow(session, target, leaf, search, mode) &&
+		!(WaitForPredecessor(session) && UpdateRow(session, target, leaf, search, mode)))
+		PlaceMissing(session, target, leaf, search);
+}
 
-	if (UpdateRow(session, target, leaf, search, mode) ||
-		(WaitForPredecessor(session) && UpdateRow(session, target, leaf, search, mode)))
-		return;
-	if (Resolve(session, target, leaf, Type::UpdateMissing, search) == Action::Insert)
-	{
-		CheckOnce(session, target, ACL_INSERT);
-		InsertRow(session, target);
-	}
+/* In memory that lasts as long as the row. */
+static void
+WriteUpdateAt(Session *session, Target *target, const ItemPointerData &place)
+{
+	Leaf *leaf = target->leaves;
+	TupleTableSlot *search = target->search;
+
+	KeyOfRow(target);
+	session->updating = target;
+	CheckPublication(leaf, CMD_UPDATE);
+	if (!UpdatePeeked(session, target, leaf, search, PeekRowAt(leaf, search, place)) &&
+		!(WaitForPredecessor(session) &&
+		  UpdateRow(session, target, leaf, search, LockTupleNoKeyExclusive)))
+		PlaceMissing(session, target, leaf, search);
+}
+
+void
+WriteCollectedUpdate(Session *session, Target *target, TupleTableSlot *row,
+					 const ItemPointerData &place)
+{
+	TupleTableSlot *own = target->row;
+
+	ResetPerTupleExprContext(target->estate);
+	target->row = row;
+	InContext(GetPerTupleMemoryContext(target->estate),
+			  [&] { WriteUpdateAt(session, target, place); });
+	target->row = own;
 }
 
 /* A row that is gone already is no reason to stop, unless the rule says so. */
@@ -533,7 +582,7 @@ ApplyRowChange(Session *session, const change::Change *change)
 	session->table = target->table;
 	CheckOnce(session, target, NeededPrivilege(change->kind));
 	if (session->collected != NULL)
-		FlushBefore(session, target, change->kind,
+		FlushBefore(session, target, change,
 					target->proute != NULL || target->leaves->queues || IsObserved(target));
 	ResetPerTupleExprContext(target->estate);
 	BecomeOwner(session, target->owner, target->trusted);
