@@ -388,11 +388,17 @@ section 'a transaction that is refused' => sub {
 	there('ALTER TABLE account ALTER balance SET NOT NULL');
 	settle();
 	hold();
-	here("UPDATE gate SET v = v + 1 WHERE id = $_") foreach 1 .. 9;
+	here("UPDATE gate SET v = v + 1 WHERE id = $_") foreach 1 .. 8;
+	here('DELETE FROM gate WHERE id = 9');
 	here('UPDATE account SET balance = NULL WHERE id = 5');
 	my $ticket = here('SELECT max(ticket) FROM mmrepl.sync_err_rec');
 	here("INSERT INTO gate VALUES (3000 + $_, 0)") foreach 1 .. 9;
+	my $gate = $beta->session;
+	$gate->ok('BEGIN; UPDATE gate SET v = v WHERE id = 9');
 	release();
+	$beta->poll_ok("SELECT ($waiting) > 0", 'a batch waits for the one that will be refused');
+	$gate->ok('COMMIT');
+	$gate->quit;
 	$alpha->poll_state('beta', 'blocked');
 	is($alpha->stat('beta', 'blocked_ticket'), $ticket, 'the stream is blocked by that one');
 	is(there('SELECT sum(v) FROM gate WHERE id < 10'), here('SELECT sum(v) FROM gate WHERE id < 10'),
@@ -411,10 +417,12 @@ section 'a transaction that is refused' => sub {
 section 'prepared transactions' => sub {
 	my $was = $alpha->stat('beta', 'batches_ahead');
 
-	hold();
 	here("BEGIN; INSERT INTO gate VALUES (2000 + $_, 0); UPDATE gate SET v = v + 1 WHERE id = 60 + $_; PREPARE TRANSACTION 'late_$_'")
 	  foreach 1 .. 4;
-	backlog(40);
+	backlog(20);    # behind them, and there before they are
+	synced();
+	hold();
+	backlog(20);
 	foreach my $i (1 .. 4)
 	{
 		here("COMMIT PREPARED 'late_$i'");

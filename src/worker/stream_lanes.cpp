@@ -24,13 +24,14 @@ constexpr int64 kMostChanges = 500; /* in a batch that others are executed besid
 constexpr int64 kLeastChanges = 100;
 constexpr int64 kMostAlone = 64; /* batches after a loss */
 constexpr int kRuns = 4;		 /* successes after which a loss is not one upon another */
-constexpr int64 kAloneAfterFailure = 8;
-constexpr int kStreak = 16; /* successes after which batches may be larger */
+constexpr int kStreak = 16;		 /* successes after which batches may be larger */
 constexpr int64 kOpenDelay = INT64CONST(30) * USECS_PER_SEC;
 #ifdef MMREPL_FAULT_POINTS
 constexpr int64 kIdle = USECS_PER_SEC / 5; /* often enough for a test */
+constexpr int64 kAloneAfterFailure = 1;
 #else
 constexpr int64 kIdle = INT64CONST(10) * USECS_PER_SEC;
+constexpr int64 kAloneAfterFailure = 8;
 #endif
 
 void

@@ -20,7 +20,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 # Small enough that everything happens often: the ring overflows, tables rotate,
-# transactions spill and travel in parts.
+# transactions spill and travel in parts, and what waits goes over two lanes.
 our $conf = q{
 restart_after_crash = on
 shared_buffers = '8MB'
@@ -33,6 +33,7 @@ mmrepl.retry_min_delay = '20ms'
 mmrepl.retry_max_delay = '200ms'
 mmrepl.sync_timeout = '5s'
 mmrepl.lanes = 2
+mmrepl.batch_transactions = 4
 };
 
 sub new
@@ -174,6 +175,10 @@ sub script
 	push @do, "INSERT INTO unwanted VALUES ($side + 2 * $id);\n";
 	push @do, "SELECT mmrepl.skip('$peer', ticket, 'a test') FROM mmrepl.sync_err_rec "
 	  . "WHERE table_name = 'unwanted' LIMIT 1;\n";
+
+	# A backlog of many batches.
+	push @do, "DO \$\$ BEGIN FOR i IN 1 .. 40 LOOP INSERT INTO scratch$side VALUES ($id * 1000 + i); COMMIT; "
+	  . "END LOOP; END \$\$;\n";
 	push @do, "SELECT mmrepl.resume('$peer');\n";
 
 	# A new worker.
