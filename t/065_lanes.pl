@@ -416,8 +416,9 @@ section 'a transaction that is refused' => sub {
 
 section 'prepared transactions' => sub {
 	my $was = $alpha->stat('beta', 'batches_ahead');
+	my $log = -s $beta->logfile;
 
-	here("BEGIN; INSERT INTO gate VALUES (2000 + $_, 0); UPDATE gate SET v = v + 1 WHERE id = 60 + $_; PREPARE TRANSACTION 'late_$_'")
+	here("BEGIN; INSERT INTO gate VALUES (2000 + $_, 0), (2100 + $_, 0); UPDATE gate SET v = v + 1 WHERE id = 60 + $_; PREPARE TRANSACTION 'late_$_'")
 	  foreach 1 .. 4;
 	backlog(20);    # behind them, and there before they are
 	synced();
@@ -431,6 +432,7 @@ section 'prepared transactions' => sub {
 	}
 	release();
 	judge('transactions that were prepared earlier');
+	ok(!$beta->log_contains(qr/conflict detected/, $log), 'they came before what was done to their rows');
 	cmp_ok($alpha->stat('beta', 'batches_ahead'), '>', $was, 'batches were executed ahead');
 };
 
