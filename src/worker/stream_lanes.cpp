@@ -27,7 +27,7 @@ constexpr int kRuns = 4;		 /* successes after which a loss is not one upon anoth
 constexpr int kStreak = 16;		 /* successes after which batches may be larger */
 constexpr int64 kOpenDelay = INT64CONST(30) * USECS_PER_SEC;
 #ifdef MMREPL_FAULT_POINTS
-constexpr int64 kIdle = USECS_PER_SEC / 5; /* often enough for a test */
+constexpr int64 kIdle = USECS_PER_SEC / 50; /* often enough for a test */
 constexpr int64 kAloneAfterFailure = 1;
 #else
 constexpr int64 kIdle = INT64CONST(10) * USECS_PER_SEC;
