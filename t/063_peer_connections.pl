@@ -15,7 +15,7 @@ use Time::HiRes ();
 
 my $bound = 5;
 my ($alpha, $beta) = MmreplCluster->new_pair(
-	conf => "max_connections = 100\ndeadlock_timeout = 300ms\nmmrepl.max_peer_connections = $bound\n");
+	conf => "max_connections = 330\ndeadlock_timeout = 300ms\nmmrepl.max_peer_connections = $bound\n");
 
 sub here { return $alpha->safe_psql('postgres', $_[0]) }
 sub there { return $beta->safe_psql('postgres', $_[0]) }
@@ -90,38 +90,49 @@ section 'idle sessions give their connections up' => sub {
 
 here('CREATE SEQUENCE ids START 100000');
 
-# Sessions that stay, and such that end after each transaction: a place was given away
-# when its session here had ended, while the peer's was still there.
-foreach my $connect ([], ['-C'])
+# Hundreds of sessions that stay; and such that end after each transaction: a place was
+# given away when its session here had ended, while the peer's was still there.
+foreach my $load ([ 300, 4 ], [ 60, 4, '-C' ])
 {
-	section "sixty sessions @$connect" => sub {
+	my ($clients, $rounds, @connect) = @$load;
+
+	section "$clients sessions @connect" => sub {
 		my $script = PostgreSQL::Test::Utils::tempdir() . '/insert.sql';
 		my $out = '';
-		my $most = 0;
+		my ($most, $busiest) = (0, 0);
 
+		# The last one in line waits for all the others, on a machine that may be slow.
+		local $ENV{PGOPTIONS} = '-c mmrepl.sync_timeout=100s';
 		here('DELETE FROM item WHERE id >= 100000');
 		append_to_file($script,
 			"BEGIN;\nINSERT INTO item VALUES (nextval('ids'), 'a');\n"
 			  . "INSERT INTO item VALUES (nextval('ids'), 'b');\nCOMMIT;\n");
+		my $here = $alpha->session;
 		my $bench = IPC::Run::start(
 			[
 				'pgbench', '-n', '-h', $alpha->host, '-p', $alpha->port,
-				'-c', '60', '-t', '4', @$connect, '-f', $script, 'postgres'
+				'-c', $clients, '-j', 2, '-t', $rounds, @connect, '-f', $script, 'postgres'
 			],
 			'>', \$out, '2>', \$out);
 		while ($bench->pumpable)
 		{
 			my $count = at_peer();
 			$most = $count if $count > $most;
+			$count = $here->ok(
+				q{SELECT count(*) - 1 FROM pg_stat_activity WHERE backend_type = 'client backend' AND state = 'active'});
+			$busiest = $count if $count > $busiest;
 			eval { $bench->pump_nb; };
 			Time::HiRes::usleep(3000);
 		}
 		ok($bench->finish, 'no error') or diag($out);
+		my $all = $clients * $rounds;
+		like($out, qr/transactions actually processed: $all\/$all$/m, 'all are acknowledged');
 		cmp_ok($most, '<=', $bound, 'no more connections than the setting allows');
 		cmp_ok($most, '>', 1, '... and several at a time');
-		is(there('SELECT count(*) FROM item WHERE id >= 100000'),
-			2 * 60 * 4, 'all is committed, here and there');
+		cmp_ok($busiest, '>', 5 * $bound, "... for many sessions at a time: $busiest");
+		is(there('SELECT count(*) FROM item WHERE id >= 100000'), 2 * $all, '... and committed, here and there');
 		$alpha->same_rows($beta, 'item');
+		$here->quit;
 	};
 }
 
