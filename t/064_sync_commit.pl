@@ -442,6 +442,90 @@ section 'several targets' => sub {
 	$session->quit;
 };
 
+# What was sent is kept for the queue, as bytes: for each statement there were hundreds
+# of them, which were walked for each further one.
+section 'a hundred thousand statements' => sub {
+	$alpha->create_table_on_both($beta,
+		'CREATE TABLE busy (id int PRIMARY KEY, n int NOT NULL);'
+		  . 'INSERT INTO busy SELECT g, 0 FROM generate_series(1, 5000) g');
+	$alpha->create_pair('busy', 'beta', q{mode => 'sync'});
+	my ($session, $id, $pid) = warm();
+
+	foreach my $case ([ 'commit', 100_000, '4MB' ], [ 'commit', 5_000, '256kB' ], [ 'statement', 5_000, '256kB' ])
+	{
+		my ($flush, $count, $memory) = @$case;
+		my $name = "$count statements, sync_flush $flush, buffer_memory $memory";
+
+		$session->ok("SET mmrepl.sync_flush = '$flush'; SET mmrepl.buffer_memory = '$memory'; BEGIN");
+		$session->ok(
+			"DO \$\$ BEGIN FOR i IN 1 .. $count LOOP"
+			  . ' UPDATE busy SET n = n + 1 WHERE id = i % 5000 + 1; END LOOP; END $$');
+		my $bytes = $session->ok(
+			q{SELECT sum(total_bytes) FROM pg_backend_memory_contexts WHERE name = 'mmrepl changes'});
+		my $bound = 4 * here("SELECT pg_size_bytes('$memory')");
+		cmp_ok($bytes, '<', $bound, "$name: no more memory than a few times the setting");
+		$session->ok('COMMIT');
+		$alpha->wait_caught_up('beta');
+		$alpha->same_rows($beta, 'busy', name => "$name: both sides are equal");
+	}
+	is(there('SELECT sum(n) FROM busy'), '110000', 'each was executed once');
+	$session->quit;
+};
+
+# The same bytes, joined, are what the worker replays when the peer has lost its part:
+# of more tables than a segment can number, with savepoints between.
+section 'what was joined is replayed' => sub {
+	$alpha->create_table_on_both($beta,
+		join '', map { "CREATE TABLE t$_ (id int PRIMARY KEY, v text); INSERT INTO t$_ VALUES (1, '');" } 1 .. 36);
+	$alpha->create_pair("t$_", 'beta', q{mode => 'sync'}) foreach (1 .. 36);
+
+	foreach my $case ([ 'commit', '4MB' ], [ 'statement', '4MB' ], [ 'commit', '64kB' ])
+	{
+		my ($flush, $memory) = @$case;
+		my $name = "sync_flush $flush, buffer_memory $memory";
+		my ($session, $id, $pid) = warm();
+		my $rule = $proxy->rule(type => 'Q', pattern => '^Q....COMMIT', action => 'hold',
+			from => 'client', when => 'before', only => [$id]);
+
+		$session->ok("SET mmrepl.sync_flush = '$flush'; SET mmrepl.buffer_memory = '$memory'");
+		$session->start(
+			q{DO $$
+			BEGIN
+				FOR i IN 1 .. 800 LOOP
+					EXECUTE format('UPDATE t%s SET v = right(v, 1000) || %L', i * i % 36 + 1, i || ' ');
+					EXECUTE format('INSERT INTO t%s VALUES (%s, %L)', i % 3 + 1, i + 1, repeat('x', i % 200));
+					CONTINUE WHEN i % 10 <> 0;
+					BEGIN
+						EXECUTE format('UPDATE t%s SET v = v || %L', i % 36 + 1, 'undone');
+						EXECUTE format('DELETE FROM t%s WHERE id > 1', i % 3 + 1);
+						IF i % 20 = 0 THEN
+							RAISE division_by_zero;
+						END IF;
+						UPDATE t36 SET v = v || 'kept';
+						UPDATE t35 SET v = v || 'kept';
+					EXCEPTION WHEN division_by_zero THEN
+						EXECUTE format('UPDATE t%s SET v = v || %L', i % 35 + 1, 'caught');
+					END;
+				END LOOP;
+			END $$});
+		ok($proxy->wait_for($rule), "$name: the peer is to commit");
+		here('SELECT pg_cancel_backend(' . $session->pid . ')');
+		my (undef, $err) = $session->finish;
+		like($err, qr/WARNING:\s+57014/, '... and nobody waits for that');
+		$proxy->kill(only => [$id]);
+		$proxy->clear;
+		$session->quit;
+		ok($alpha->wait_caught_up('beta'), '... the worker does it all again');
+		my @different = grep {
+			my $sql = "SELECT md5(string_agg(t::text, '|' ORDER BY id)) FROM t$_ AS t";
+			here($sql) ne there($sql)
+		} (1 .. 36);
+		is("@different", '', '... and all tables are equal');
+		here("SET mmrepl.mode = 'async'; " . join ';', map { "DELETE FROM t$_ WHERE id > 1" } (1 .. 3));
+		$alpha->wait_caught_up('beta');
+	}
+};
+
 foreach my $node ($alpha, $beta)
 {
 	ok(!$node->log_contains(qr/PANIC|TRAP:|was terminated by signal/),

@@ -183,14 +183,34 @@ struct Segment
 	uint32 changes;
 	uint32 length;
 	uint32 capacity;
-	char *data; /* payload behind VARHDRSZ bytes of room for a varlena header */
+	uint32 held; /* bytes of memory that its owner has counted for it */
+	char *data;	 /* payload behind VARHDRSZ bytes of room for a varlena header */
 	MemoryContext context;
 	int n_relations;
-	uint64 relations[kSegmentRelations];		/* serials defined so far */
-	uint32 relation_offsets[kSegmentRelations]; /* where their definitions start */
+	uint64 relations[kSegmentRelations];		/* serials with a number */
+	uint16 relation_offsets[kSegmentRelations]; /* where their definitions start; 0: not in here */
+	uint16 relation_lengths[kSegmentRelations]; /* of their records; 0: too long to tell */
 };
+static_assert(kSegmentTarget <= PG_UINT16_MAX, "definitions start where an offset cannot say");
 
-Segment *NewSegment(MemoryContext context, uint32 seq);
+/*
+ * An empty segment.  One that follows a segment which was closed early is given
+ * that one (else NULL): it numbers relations alike, so that Absorb() can join them.
+ */
+Segment *NewSegment(MemoryContext context, uint32 seq, const Segment *follows);
+
+/* Memory of the segment, in bytes. */
+inline Size
+Footprint(const Segment *segment)
+{
+	return sizeof(Segment) + (segment->data == NULL ? 0 : segment->capacity);
+}
+
+/*
+ * Append the records of the segment that comes next, without the definitions that
+ * are there already; false, with nothing done, if they do not fit.  Frees nothing.
+ */
+bool Absorb(Segment *into, const Segment *from);
 
 /* Whether another record may be started in it. */
 inline bool

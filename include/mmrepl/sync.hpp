@@ -91,6 +91,9 @@ bool Flush(Work *work, change::Segment *first, int64 changes, uint64 xid, int ne
  */
 void Post(Work *work, change::Segment *first, uint64 xid, int nest_level);
 
+/* Whether Post() would send something more, captured at that nest level. */
+bool TakesMore(const Work *work, int nest_level);
+
 /* From now on the answers are waited for: mmrepl.sync_timeout counts, for several peers at a time. */
 void Expect(Work *work);
 

@@ -7,95 +7,7 @@
 namespace mmrepl::change
 {
 
-/* The largest segment: what fits a bytea parameter with its batch header. */
-constexpr uint64 kSegmentLimit = MaxAllocSize - 65536;
-
 static uint64 last_serial;
-
-/* ---- raw output into a segment: a cursor that is committed at the end ---- */
-
-struct Cursor
-{
-	Segment *segment;
-	uint32 position; /* of the next byte, in the payload */
-
-	/* Make room for more bytes; raises before anything is written. */
-	char *Reserve(uint64 bytes)
-	{
-		uint64 need = (uint64) position + bytes;
-
-		if (unlikely(need > segment->capacity))
-			Grow(need);
-		char *at = segment->data + VARHDRSZ + position;
-		position += (uint32) bytes;
-		return at;
-	}
-	void Grow(uint64 need)
-	{
-		if (need > kSegmentLimit)
-			ereport(ERROR, (errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-							errmsg("row is too large to be replicated"),
-							errdetail("One change may take up to %llu bytes.",
-									  (unsigned long long) kSegmentLimit)));
-		uint64 capacity = Min(Max(need, (uint64) segment->capacity * 2), kSegmentLimit);
-
-		segment->data = (char *) repalloc(segment->data, capacity + VARHDRSZ);
-		segment->capacity = (uint32) capacity;
-	}
-	void U8(uint8 value) { *Reserve(1) = (char) value; }
-	void U16(uint16 value)
-	{
-		value = pg_hton16(value);
-		memcpy(Reserve(2), &value, 2);
-	}
-	void U32(uint32 value)
-	{
-		value = pg_hton32(value);
-		memcpy(Reserve(4), &value, 4);
-	}
-	void U64(uint64 value)
-	{
-		value = pg_hton64(value);
-		memcpy(Reserve(8), &value, 8);
-	}
-	void Varint(uint64 value)
-	{
-		for (; value >= 0x80; value >>= 7)
-			U8((uint8) (value | 0x80));
-		U8((uint8) value);
-	}
-	/* Head of a record. */
-	void Head(uint8 code, uint8 rel) { U8((uint8) (code << kCodeShift | rel)); }
-
-	/* A number of bytes and then so many, without bytes that only repeat the sign. */
-	void Trimmed(int64 value)
-	{
-		constexpr int room = 1 + (int) sizeof(int64);
-		uint64 magnitude = (uint64) (value ^ (value >> 63));
-		int bytes = magnitude == 0 ? 1 : pg_leftmost_one_pos64(magnitude) / 8 + 1;
-
-		/* The sign needs a bit of its own. */
-		if (bytes < (int) sizeof(int64) && (magnitude >> (8 * bytes - 1)) != 0)
-			bytes++;
-		uint64 wire = pg_hton64((uint64) value << (8 * ((int) sizeof(int64) - bytes)));
-		char *at = Reserve(room);
-
-		at[0] = (char) (bytes + 1);
-		memcpy(at + 1, &wire, sizeof(wire));
-		position -= (uint32) (sizeof(int64) - bytes);
-	}
-	void Sized(const char *bytes, uint64 length)
-	{
-		Varint(length + 1);
-		memcpy(Reserve(length), bytes, length);
-	}
-};
-
-static Cursor
-CursorAtEnd(Segment *segment)
-{
-	return Cursor{segment, segment->length};
-}
 
 void
 PutVarint(StringInfo buf, uint64 value)
@@ -114,11 +26,21 @@ PutString(StringInfo buf, const char *string)
 	appendBinaryStringInfo(buf, string, (int) length);
 }
 
+/* Number relations as the segment before does, unless that leaves no number. */
+static void
+InheritNumbers(Segment *segment, const Segment *follows)
+{
+	if (follows->n_relations == kSegmentRelations)
+		return;
+	segment->n_relations = follows->n_relations;
+	memcpy(segment->relations, follows->relations, sizeof(uint64) * follows->n_relations);
+}
+
 Segment *
-NewSegment(MemoryContext context, uint32 seq)
+NewSegment(MemoryContext context, uint32 seq, const Segment *follows)
 {
 	/* Most transactions end in their first segment; who needs another one will fill it. */
-	const uint32 initial = seq == 0 ? 512 : kSegmentTarget + 512;
+	const uint32 initial = seq == 0 || follows != NULL ? 512 : kSegmentTarget + 512;
 	Segment *segment = (Segment *) MemoryContextAllocZero(context, sizeof(Segment));
 
 	segment->context = context;
@@ -127,6 +49,8 @@ NewSegment(MemoryContext context, uint32 seq)
 	segment->data = (char *) MemoryContextAlloc(context, initial + VARHDRSZ);
 	segment->data[VARHDRSZ] = kVersion;
 	segment->length = 1;
+	if (follows != NULL)
+		InheritNumbers(segment, follows);
 	return segment;
 }
 
@@ -147,28 +71,33 @@ TruncateSegment(Segment *segment, uint32 length, uint32 changes)
 {
 	segment->length = length;
 	segment->changes = changes;
-	while (segment->n_relations > 0 &&
-		   segment->relation_offsets[segment->n_relations - 1] >= length)
-		segment->n_relations--;
+	for (int i = 0; i < segment->n_relations; i++)
+		if (segment->relation_offsets[i] >= length)
+			segment->relation_offsets[i] = 0; /* it keeps its number */
 }
 
 /* The segment's number for the relation; defines it if need be. */
 static uint8
 RelationNumber(Segment *segment, const RelationEncoder *rel)
 {
-	for (int i = segment->n_relations - 1; i >= 0; i--)
-		if (segment->relations[i] == rel->serial)
-			return (uint8) i;
+	int i = segment->n_relations - 1;
 
-	uint8 number = (uint8) segment->n_relations;
+	while (i >= 0 && segment->relations[i] != rel->serial)
+		i--;
+	if (i >= 0 && segment->relation_offsets[i] != 0)
+		return (uint8) i;
+
+	uint8 number = (uint8) (i >= 0 ? i : segment->n_relations);
+	uint32 length = 1 + rel->definition_length;
 	Cursor out = CursorAtEnd(segment);
 
-	MmreplEnsure(segment->n_relations < kSegmentRelations, "segment defines too many relations");
+	MmreplEnsure(number < kSegmentRelations, "segment defines too many relations");
 	out.Head(kDefine, number);
 	memcpy(out.Reserve(rel->definition_length), rel->definition, rel->definition_length);
 	segment->relations[number] = rel->serial;
-	segment->relation_offsets[number] = segment->length;
-	segment->n_relations++;
+	segment->relation_offsets[number] = (uint16) segment->length;
+	segment->relation_lengths[number] = length <= PG_UINT16_MAX ? (uint16) length : 0;
+	segment->n_relations = Max(segment->n_relations, number + 1);
 	segment->length = out.position;
 	return number;
 }

@@ -250,6 +250,14 @@ Reach(const Request &request, bool *fresh)
 	return outcome;
 }
 
+bool
+TakesMore(const Work *work, int nest_level)
+{
+	const Posted *posted = work->posted;
+
+	return posted == NULL || (posted->request.nest_level == nest_level && MayPost(posted));
+}
+
 /*
  * Errors of the peer and of the way to it are kept for the flush; what is raised
  * is ours (a cancel), and nothing is posted then.
@@ -260,9 +268,8 @@ Post(Work *work, Segment *first, uint64 xid, int nest_level)
 	Posted *posted = work->posted;
 	Segment *from = FirstUnsent(posted == NULL ? first : posted->last->next);
 
-	if (from == NULL || work->broken || (work->begun && !Usable(work)))
-		return;
-	if (posted != NULL && (posted->request.nest_level != nest_level || !MayPost(posted)))
+	if (from == NULL || work->broken || (work->begun && !Usable(work)) ||
+		!TakesMore(work, nest_level))
 		return;
 	Guarded(
 		[&] {

@@ -358,6 +358,7 @@ FinishPost(const Request &request, Segment **next, bool *fresh)
 	*request.failure = posted->failure;
 	if (posted->last != NULL)
 		*next = posted->last->next;
+	pfree(posted);
 	return outcome;
 }
 

@@ -11,16 +11,6 @@
 namespace mmrepl::transaction
 {
 
-static change::Segment *
-FirstUnsent(Work *work)
-{
-	change::Segment *segment = work->first;
-
-	while (segment != NULL && segment->sent)
-		segment = segment->next;
-	return segment;
-}
-
 /* The pair says to go on without the peer: the work is queued like async work. */
 static void
 Degrade(Work *work, const connection::Failure *failure)
@@ -138,6 +128,7 @@ Exchange(Work *work, bool all, bool goes_on)
 			[&] { CountSyncFailure(work); });
 	if (done)
 	{
+		Pack(work);
 		work->unsent = CountUnsent(work);
 		BoundLocalWaits(work);
 		return;
@@ -158,6 +149,8 @@ FlushWork(Work *work, bool goes_on)
 	Exchange(work, true, goes_on);
 	if (!work->degraded)
 		MMREPL_FAULT_POINT("sync-executed");
+	if (work->sync && OverBudget())
+		SpillWork(work);
 }
 
 /* ---- ahead of the commit ---- */
@@ -189,11 +182,11 @@ PostAhead(Work *work)
 		Exchange(work, false, false);
 	else if (posted == work->last)
 		return;
-	if (!HasUnsent(work) || !FenceIsOpen(work))
+	if (!HasUnsent(work) || !sync::TakesMore(work->inlined, 1) || !FenceIsOpen(work))
 		return;
 	PostRest(work, 1);
 	MMREPL_FAULT_POINT("sync-posted");
-	if (sync::LastPosted(work->inlined) == NULL)
+	if (sync::LastPosted(work->inlined) == NULL || OverBudget())
 		FlushWork(work, false);
 	else
 		BoundLocalWaits(work);

@@ -130,6 +130,25 @@ PushMark(Work *work, int level)
 	work->marks = mark;
 }
 
+/* Count the memory of a segment that is finished. */
+static void
+Hold(change::Segment *segment)
+{
+	Size bytes = change::Footprint(segment);
+
+	current.held += bytes - segment->held;
+	segment->held = (uint32) bytes;
+}
+
+static void
+FreeSegment(change::Segment *segment)
+{
+	current.held -= segment->held;
+	if (segment->data != NULL)
+		pfree(segment->data);
+	pfree(segment);
+}
+
 change::Segment *
 SegmentFor(Work *work)
 {
@@ -140,11 +159,15 @@ SegmentFor(Work *work)
 	if (work->last != NULL && change::HasRoom(work->last))
 		return work->last;
 
-	change::Segment *segment = change::NewSegment(current.context, work->next_seq++);
+	/* What a statement has sent is joined later: it takes no more room than it needs. */
+	bool early = work->sync && work->last != NULL && work->last->length < change::kSegmentTarget;
+	change::Segment *segment =
+		change::NewSegment(current.context, work->next_seq++, early ? work->last : NULL);
 
 	if (work->last != NULL)
 	{
 		change::CloseSegment(work->last);
+		Hold(work->last);
 		work->last->next = segment;
 	}
 	else
@@ -160,11 +183,19 @@ FreeSegments(change::Segment *segment)
 	{
 		change::Segment *next = segment->next;
 
-		if (segment->data != NULL)
-			pfree(segment->data);
-		pfree(segment);
+		FreeSegment(segment);
 		segment = next;
 	}
+}
+
+change::Segment *
+FirstUnsent(const Work *work)
+{
+	change::Segment *segment = work->sent_to != NULL ? work->sent_to->next : work->first;
+
+	while (segment != NULL && segment->sent)
+		segment = segment->next;
+	return segment;
 }
 
 int64
@@ -172,10 +203,50 @@ CountUnsent(const Work *work)
 {
 	int64 count = 0;
 
-	for (const change::Segment *segment = work->first; segment != NULL; segment = segment->next)
-		if (!segment->sent)
-			count += segment->changes;
+	for (const change::Segment *segment = FirstUnsent(work); segment != NULL;
+		 segment = segment->next)
+		count += segment->changes;
 	return count;
+}
+
+/* The segment goes into the one before it. */
+static bool
+Join(Work *work, change::Segment *into, change::Segment *segment)
+{
+	if (!change::Absorb(into, segment))
+		return false;
+	into->next = segment->next;
+	if (work->last == segment)
+		work->last = into;
+	if (work->sent_to == segment)
+		work->sent_to = into;
+	FreeSegment(segment);
+	Hold(into);
+	return true;
+}
+
+/*
+ * What the marks speak of stays as it is: only what came after the innermost one is
+ * joined.  Each segment is looked at once, or once again after an undo.
+ */
+void
+Pack(Work *work)
+{
+	change::Segment *at = work->sent_to != NULL ? work->sent_to->next : work->first;
+	const change::Segment *floor = work->marks != NULL ? work->marks->segment : NULL;
+
+	for (; at != NULL && at->sent; at = at->next)
+		work->sent_to = at;
+	if (work->sent_to == NULL)
+		return;
+	at = work->packed != NULL ? work->packed : work->first;
+	if (floor != NULL && at->seq <= floor->seq)
+		at = floor->next;
+	while (at != NULL && at->seq < work->sent_to->seq)
+		if (!Join(work, at, at->next))
+			at = at->next;
+	if (at != NULL && at->sent)
+		work->packed = at;
 }
 
 /* All sync changes of the work are undone: what is left was captured as async. */
@@ -186,8 +257,17 @@ TurnAsync(Work *work)
 		sync::Abort(work->inlined);
 	work->inlined = NULL;
 	work->sync = false;
+	work->sent_to = work->packed = NULL;
 	for (change::Segment *segment = work->first; segment != NULL; segment = segment->next)
 		segment->sent = false;
+}
+
+/* What comes after the last segment is going to be freed. */
+static void
+StepBack(change::Segment **at, change::Segment *last)
+{
+	if (*at != NULL && (last == NULL || (*at)->seq > last->seq))
+		*at = last;
 }
 
 /* Forget what the subtransaction of this level, and those within, added. */
@@ -199,6 +279,8 @@ UndoTo(Work *work, int level)
 		Mark *mark = work->marks;
 		change::Segment *last = mark->segment;
 
+		StepBack(&work->sent_to, last);
+		StepBack(&work->packed, last);
 		FreeSegments(last != NULL ? last->next : work->first);
 		work->last = last;
 		if (last != NULL)
@@ -245,6 +327,8 @@ MergeInto(Work *work, int level)
 	}
 	work->marks = mark->outer;
 	pfree(mark);
+	if (work->sent_to != NULL)
+		Pack(work);
 }
 
 /* ---- spill ---- */
@@ -263,20 +347,24 @@ static void
 DropSpilled(Work *work, change::Segment *from)
 {
 	change::Segment **link = &work->first;
+	change::Segment *before = NULL;
 
-	while (*link != from)
-		link = &(*link)->next;
+	for (; *link != from; link = &before->next)
+		before = *link;
+	if (work->sent_to != work->last)
+		StepBack(&work->sent_to, before);
+	if (work->packed != work->last)
+		StepBack(&work->packed, before);
 	while (*link != work->last)
 	{
 		change::Segment *gone = *link;
 
 		*link = gone->next;
-		pfree(gone);
+		FreeSegment(gone);
 	}
 }
 
-/* Write the finished segments of the running (sub)transaction to the queue table. */
-static void
+void
 SpillWork(Work *work)
 {
 	change::Segment *from = FirstOwned(work);
@@ -300,10 +388,10 @@ SpillWork(Work *work)
 
 /* ---- accounting ---- */
 
-static bool
+bool
 OverBudget()
 {
-	return MemoryContextMemAllocated(current.context, false) > (Size) guc::buffer_memory * 1024;
+	return current.held > (Size) guc::buffer_memory * 1024;
 }
 
 void
@@ -315,10 +403,14 @@ Appended(Work *work, change::Segment *segment)
 		work->unsent++;
 		current.pending_sync = true;
 	}
-	if (change::HasRoom(segment) || !OverBudget())
+	if (change::HasRoom(segment))
+		return;
+	Hold(segment);
+	if (!OverBudget())
 		return;
 	FlushWork(work, true);
-	SpillWork(work);
+	if (OverBudget())
+		SpillWork(work);
 }
 
 void

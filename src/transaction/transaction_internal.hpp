@@ -40,6 +40,8 @@ struct Work
 	queue::Outgoing out;
 	change::Segment *first; /* segments in memory, in order */
 	change::Segment *last;
+	change::Segment *sent_to; /* it and all before it are marked sent; NULL: not even the first */
+	change::Segment *packed; /* it and those before it cannot be joined with the next; NULL: none */
 	uint32 next_seq;
 	int64 changes;		 /* captured and not undone */
 	Mark *marks;		 /* innermost first */
@@ -81,6 +83,7 @@ struct Resync
 struct Current
 {
 	MemoryContext context; /* segments; child of TopTransactionContext; NULL: nothing captured */
+	Size held;			   /* bytes of the segments that are finished */
 	Work *works;
 	PairCount *counts;
 	bool pending_sync; /* some work may have unsent changes */
@@ -106,8 +109,21 @@ void FlushPending();
 /* Send what a statement left behind, as far as that takes no wait; see sync_flush. */
 void PostPending();
 
-/* Changes of the work's segments that are not marked sent. */
+/* The first segment that is not marked sent, and the changes from there on. */
+change::Segment *FirstUnsent(const Work *work);
 int64 CountUnsent(const Work *work);
+
+/*
+ * Segments were marked sent: join those that the running subtransaction owns, so that
+ * many small statements keep no more than their bytes.
+ */
+void Pack(Work *work);
+
+/* Whether the transaction's segments take more than mmrepl.buffer_memory. */
+bool OverBudget();
+
+/* Write the finished segments of the running (sub)transaction to the queue table; all were sent, if any. */
+void SpillWork(Work *work);
 
 /*
  * Nothing is captured for the stream: raise or notice it if the change is
