@@ -298,6 +298,30 @@ section 'collected inserts are there when triggers look' => sub {
 		'the trigger sees the rows that were inserted before its own');
 };
 
+# So must a check that reads another table, however bad an idea that is.
+section 'collected changes are there when checks look' => sub {
+	$alpha->create_table_on_both($beta,
+		'CREATE TABLE shop (id int PRIMARY KEY, is_open bool);
+		 CREATE TABLE sale (id int PRIMARY KEY, shop int);
+		 CREATE TABLE refund (id int PRIMARY KEY, shop int)');
+	$alpha->create_pair($_, 'beta') foreach qw(shop sale refund);
+	$beta->safe_psql(
+		'postgres', q{
+		CREATE FUNCTION is_open(int) RETURNS bool LANGUAGE plpgsql AS
+			'BEGIN RETURN (SELECT s.is_open FROM public.shop s WHERE s.id = $1); END';
+		ALTER TABLE sale ADD CHECK (is_open(shop));
+		CREATE DOMAIN opened AS int CHECK (is_open(VALUE));
+		ALTER TABLE refund ALTER shop TYPE opened});
+	$alpha->safe_psql(
+		'postgres', q{
+		INSERT INTO shop SELECT i, false FROM generate_series(1, 9) i;
+		BEGIN; UPDATE shop SET is_open = true WHERE id = 1; INSERT INTO sale VALUES (1, 1); COMMIT;
+		BEGIN; UPDATE shop SET is_open = true WHERE id = 2; INSERT INTO refund VALUES (1, 2); COMMIT;
+		BEGIN; INSERT INTO shop VALUES (10, true); UPDATE sale SET shop = 10; UPDATE refund SET shop = 10; COMMIT});
+	$alpha->wait_caught_up('beta');
+	$alpha->same_rows($beta, $_) foreach qw(shop sale refund);
+};
+
 # Another unique constraint could raise before the key is found to be there.
 section 'two unique constraints' => sub {
 	$alpha->create_table_on_both($beta,

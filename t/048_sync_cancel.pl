@@ -188,6 +188,8 @@ section 'the warning about a commit comes when the locks are released' => sub {
 	my $client = SlowClient->new($alpha);
 	my $id = ++$last_id;
 
+	$client->ok(q{SET mmrepl.sync_timeout = '60s'}); # it is the cancel that ends the wait
+
 	$client->ok("INSERT INTO item VALUES ($id, 'warm $id')");
 	my ($mine) = map { $_->{id} } grep { !$before{ $_->{id} } } $proxy->connections;
 	my $fill = $client->filler;

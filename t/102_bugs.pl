@@ -328,6 +328,44 @@ section 'the limit for a server beyond max_servers' => sub {
 	$session->quit;
 };
 
+# Transactions that were prepared come late, with an old ticket, and move no watermark.  What
+# followed them was sent at once, and applied though they had failed.
+section 'what follows a late transaction waits for it' => sub {
+	$alpha->create_table_on_both($beta,
+		'CREATE TABLE late (id int PRIMARY KEY, v text)');
+	$alpha->create_pair('late', 'beta');
+	here(q{INSERT INTO late VALUES (1, 'start')});
+	synced();
+	here(q{ALTER SYSTEM SET mmrepl.batch_transactions = 1});
+	$alpha->reload;
+	here(q{BEGIN; INSERT INTO late VALUES (2, 'late'); UPDATE late SET v = 'late' WHERE id = 1;
+		PREPARE TRANSACTION 'late'});
+	here(q{SELECT mmrepl.pause('beta')});
+	$alpha->poll_state('beta', 'paused');
+	here(q{COMMIT PREPARED 'late'});
+	here(q{UPDATE late SET v = 'last' WHERE id = 2});
+	my $conflicts = there('SELECT coalesce(sum(conflicts), 0) FROM mmrepl.progress');
+	my $holder = $beta->session;
+
+	$holder->ok('BEGIN; SELECT 1 FROM late WHERE id = 1 FOR UPDATE');
+	here(q{SELECT mmrepl.resume('beta')});
+	my $blocked = 'FROM pg_stat_activity WHERE ' . $holder->pid . ' = ANY (pg_blocking_pids(pid))';
+	$beta->poll_ok("SELECT count(*) = 1 $blocked", 'the late one waits for a lock');
+	my $before = $alpha->stat('beta', 'retries');
+	there("SELECT pg_cancel_backend(pid) $blocked");
+	ok( $alpha->poll_query_until('postgres',
+			"SELECT retries > $before FROM mmrepl.pg_stat_mmrepl WHERE server = 'beta'"),
+		'and is cancelled');
+	is(there('SELECT count(*) FROM late WHERE id = 2'), '0', 'what follows it is not there');
+	$holder->ok('COMMIT');
+	$holder->quit;
+	synced();
+	$alpha->same_rows($beta, 'late');
+	is(there('SELECT coalesce(sum(conflicts), 0) FROM mmrepl.progress'), $conflicts, 'without a conflict');
+	here('ALTER SYSTEM RESET mmrepl.batch_transactions');
+	$alpha->reload;
+};
+
 # Of a transaction of more than 4 GB no more than that was counted: the view showed too
 # little, and the limit let more wait than it says.  (The row stands for such a one.)
 section 'more than 4 GB wait' => sub {

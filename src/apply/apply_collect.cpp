@@ -3,8 +3,8 @@
  *		Changes of one kind to one table: collected, and written together.
  *
  * What is collected is written before anything could see the difference: before
- * another kind of change to the table, before triggers or volatile defaults of
- * any table run, and at the end.
+ * another kind of change to the table, before triggers, volatile defaults or
+ * checks that may look around run for any table, and at the end.
  */
 #include "apply_internal.hpp"
 
@@ -34,7 +34,7 @@ HasOtherConstraint(const Leaf *leaf)
 void
 InitRun(Target *target, Leaf *leaf)
 {
-	if (!leaf->plain || target->proute != NULL || target->volatile_defaults ||
+	if (!leaf->plain || target->proute != NULL || target->volatile_defaults || target->reads ||
 		!leaf->index->rd_index->indimmediate)
 		return;
 	target->run = (Run *) palloc0(sizeof(Run));

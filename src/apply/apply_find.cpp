@@ -361,25 +361,32 @@ HasKey(Leaf *leaf)
 	return true;
 }
 
-/*
- * Whether the row of that key is there and nobody else is writing it.  The place may
- * have been given to another row since the index was asked, so its key is looked at.
- */
+/* Whether a row is there that nobody else is writing; in the scan's memory. */
 static bool
-IsAt(Leaf *leaf, TupleTableSlot *search, ItemPointerData place)
+FetchAt(Leaf *leaf, ItemPointerData place)
 {
 	bool more = false;
 
-	return ItemPointerIsValid(&place) && SetKeys(leaf, search) &&
-		   table_index_fetch_tuple(leaf->scan->xs_heapfetch, &place, &leaf->dirty, leaf->found,
+	return table_index_fetch_tuple(leaf->scan->xs_heapfetch, &place, &leaf->dirty, leaf->found,
 								   &more, NULL) &&
-		   !TransactionIdIsValid(Writer(leaf)) && HasKey(leaf);
+		   !TransactionIdIsValid(Writer(leaf));
+}
+
+/*
+ * Whether it is the row of that key.  The place may have been given to another row
+ * since the index was asked, so its key is looked at.
+ */
+static bool
+IsAt(Leaf *leaf, TupleTableSlot *search, const ItemPointerData &place)
+{
+	return ItemPointerIsValid(&place) && SetKeys(leaf, search) &&
+		   InContext(leaf->context, [&] { return FetchAt(leaf, place); }) && HasKey(leaf);
 }
 
 bool
 PeekRowAt(Leaf *leaf, TupleTableSlot *search, const ItemPointerData &place)
 {
-	if (!InContext(leaf->context, [&] { return IsAt(leaf, search, place); }))
+	if (!IsAt(leaf, search, place))
 		return PeekRow(leaf, search);
 	MakeWritable(leaf);
 	return true;

@@ -159,7 +159,8 @@ struct Target
 	AttrNumber *default_attnums;
 	ExprState **defaults;
 	bool volatile_defaults;
-	Run *run; /* NULL: rows of this table are written one by one */
+	bool reads; /* a check may look at other rows */
+	Run *run;	/* NULL: rows of this table are written one by one */
 };
 
 constexpr int kRunRows = 1000;

@@ -382,6 +382,47 @@ InitExecutor(Target *target)
 	target->merged = ExecInitExtraTupleSlot(estate, desc, &TTSOpsHeapTuple);
 }
 
+/* ---- checks that look around ---- */
+
+/* Whether a check of the domain may depend on more than the value.  The context keeps what is looked at. */
+static bool
+DomainMayRead(Oid type)
+{
+	DomainConstraintRef *domain = (DomainConstraintRef *) palloc(sizeof(DomainConstraintRef));
+	ListCell *cell;
+
+	InitDomainConstraintRef(type, domain, CurrentMemoryContext, false);
+	foreach(cell, domain->constraints)
+	{
+		const DomainConstraintState *each = (const DomainConstraintState *) lfirst(cell);
+
+		if (each->constrainttype == DOM_CONSTRAINT_CHECK &&
+			contain_mutable_functions((Node *) each->check_expr))
+			return true;
+	}
+	return false;
+}
+
+/* Whether a check of the table, or of a domain in it, may depend on more than the row. */
+static bool
+ChecksMayRead(Relation rel)
+{
+	const TupleConstr *constr = rel->rd_att->constr;
+
+	for (int i = 0; constr != NULL && i < constr->num_check; i++)
+		if (contain_mutable_functions((Node *) stringToNode(constr->check[i].ccbin)))
+			return true;
+	for (int i = 0; i < rel->rd_att->natts; i++)
+	{
+		Form_pg_attribute attribute = TupleDescAttr(rel->rd_att, i);
+
+		if (!attribute->attisdropped && get_typtype(attribute->atttypid) == TYPTYPE_DOMAIN &&
+			DomainMayRead(attribute->atttypid))
+			return true;
+	}
+	return false;
+}
+
 /*
  * Columns, defaults, indexes and triggers of the relation.  Planning an
  * expression may already run functions in it, hence as the owner.
@@ -392,6 +433,7 @@ InitTarget(Session *session, Target *target, const change::Relation *relation)
 	MapColumns(session, target, relation);
 	InitDefaults(target);
 	InitExecutor(target);
+	target->reads = ChecksMayRead(target->rel);
 	if (target->rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
 	{
 		RequireKeyIndex(target->rel, target->key_attnums, target->n_keys);

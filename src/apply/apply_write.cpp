@@ -531,7 +531,7 @@ NeededPrivilege(change::Kind kind)
 static bool
 IsObserved(const Target *target)
 {
-	return target->volatile_defaults || target->fires;
+	return target->volatile_defaults || target->reads || target->fires;
 }
 
 /* One change, as the owner, in memory that lasts as long as the change. */

@@ -89,9 +89,14 @@ MayStart(const Session *session)
 
 	if (outstanding >= Room(session) || session->lost > 0)
 		return false;
-	if (outstanding > 0 &&
-		!(session->shipments[outstanding - 1].sent && session->shipments[outstanding - 1].all_sent))
-		return false;
+	if (outstanding > 0)
+	{
+		const Shipment &last = session->shipments[outstanding - 1];
+
+		/* Late transactions alone move no watermark: what is behind them would not miss them. */
+		if (!last.sent || !last.all_sent || (last.late != NIL && last.confirm_to == last.previous))
+			return false;
+	}
 	return session->shared->handover_requests == 0 && !session->shared->paused;
 }
 

@@ -106,6 +106,7 @@ sub start
 {
 	my ($self, $sql) = @_;
 	$self->write_out("$sql\0", 'Q');
+	$self->{sql} = $sql;
 	return;
 }
 
@@ -156,10 +157,14 @@ sub is_stuck
 
 	while (time() < $until)
 	{
-		my $event = $self->{watch}->ok(
-			'SELECT wait_event FROM pg_stat_activity WHERE pid = ' . $self->{pid});
+		my ($event, $state, $sql) = split /\|/, $self->{watch}->ok(
+			'SELECT wait_event, state, query FROM pg_stat_activity WHERE pid = ' . $self->{pid}), 3;
+		next if $sql ne $self->{sql}; # it has not begun
 		return 1 if $event eq 'ClientWrite';
-		return 0 if $event eq 'ClientRead';
+		return 0 if $event eq 'ClientRead' && $state ne 'active';
+	}
+	continue
+	{
 		Time::HiRes::usleep(5_000);
 	}
 	die 'the session does not wait for its client';
@@ -194,11 +199,12 @@ sub filler
 	return result($fits * $buffer + $buffer / 2);
 }
 
-# A query whose result takes about so many bytes on the wire.
+# A query whose result takes about so many bytes on the wire, in rows that are small
+# enough to go through the server's buffer.
 sub result
 {
 	my ($bytes) = @_;
-	return "SELECT repeat('x', $bytes)";
+	return sprintf q{SELECT repeat('x', 100) FROM generate_series(1, %d)}, $bytes / 111;
 }
 
 sub pid { return $_[0]->{pid} }
