@@ -149,8 +149,6 @@ FlushWork(Work *work, bool goes_on)
 	Exchange(work, true, goes_on);
 	if (!work->degraded)
 		MMREPL_FAULT_POINT("sync-executed");
-	if (work->sync && OverBudget())
-		SpillWork(work);
 }
 
 /* ---- ahead of the commit ---- */
@@ -186,7 +184,7 @@ PostAhead(Work *work)
 		return;
 	PostRest(work, 1);
 	MMREPL_FAULT_POINT("sync-posted");
-	if (sync::LastPosted(work->inlined) == NULL || OverBudget())
+	if (sync::LastPosted(work->inlined) == NULL)
 		FlushWork(work, false);
 	else
 		BoundLocalWaits(work);

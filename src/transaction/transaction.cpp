@@ -327,8 +327,6 @@ MergeInto(Work *work, int level)
 	}
 	work->marks = mark->outer;
 	pfree(mark);
-	if (work->sent_to != NULL)
-		Pack(work);
 }
 
 /* ---- spill ---- */
@@ -364,7 +362,11 @@ DropSpilled(Work *work, change::Segment *from)
 	}
 }
 
-void
+/*
+ * Write the finished segments of the running (sub)transaction to the queue table.  Only
+ * behind SegmentFor(), which has marked where they begin.
+ */
+static void
 SpillWork(Work *work)
 {
 	change::Segment *from = FirstOwned(work);
@@ -388,7 +390,7 @@ SpillWork(Work *work)
 
 /* ---- accounting ---- */
 
-bool
+static bool
 OverBudget()
 {
 	return current.held > (Size) guc::buffer_memory * 1024;
@@ -403,10 +405,12 @@ Appended(Work *work, change::Segment *segment)
 		work->unsent++;
 		current.pending_sync = true;
 	}
-	if (change::HasRoom(segment))
-		return;
-	Hold(segment);
-	if (!OverBudget())
+	bool full = !change::HasRoom(segment);
+
+	/* Once in each segment: what others own may keep us beyond the budget. */
+	if (full)
+		Hold(segment);
+	if (!(full || segment->changes == 1) || !OverBudget())
 		return;
 	FlushWork(work, true);
 	if (OverBudget())

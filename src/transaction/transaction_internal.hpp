@@ -119,12 +119,6 @@ int64 CountUnsent(const Work *work);
  */
 void Pack(Work *work);
 
-/* Whether the transaction's segments take more than mmrepl.buffer_memory. */
-bool OverBudget();
-
-/* Write the finished segments of the running (sub)transaction to the queue table; all were sent, if any. */
-void SpillWork(Work *work);
-
 /*
  * Nothing is captured for the stream: raise or notice it if the change is
  * synchronous.  As long as this transaction has its locks nobody copies the
