@@ -340,6 +340,8 @@ section 'what follows a late transaction waits for it' => sub {
 	$alpha->reload;
 	here(q{BEGIN; INSERT INTO late VALUES (2, 'late'); UPDATE late SET v = 'late' WHERE id = 1;
 		PREPARE TRANSACTION 'late'});
+	here(q{INSERT INTO late VALUES (3, 'earlier there')});
+	synced();
 	here(q{SELECT mmrepl.pause('beta')});
 	$alpha->poll_state('beta', 'paused');
 	here(q{COMMIT PREPARED 'late'});
