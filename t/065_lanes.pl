@@ -14,7 +14,11 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 my ($alpha, $beta) =
-  MmreplCluster->new_pair(conf => "mmrepl.retry_min_delay = '50ms'\ndeadlock_timeout = '30s'\n");
+  MmreplCluster->new_pair(conf => <<'EOC');
+mmrepl.retry_min_delay = '50ms'
+mmrepl.connect_timeout = '1min' # after a failure no lane is opened for a while
+deadlock_timeout = '3min'
+EOC
 
 sub here
 {
@@ -57,9 +61,40 @@ sub release
 	return;
 }
 
-# Sessions of alpha's that wait for their turn.
-my $waiting = q{SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'object'
+# Sessions at beta that wait for a session's end.
+sub behind
+{
+	my ($pid) = @_;
+	return "SELECT pid FROM pg_stat_activity WHERE $pid = ANY (pg_blocking_pids(pid))";
+}
+
+# Those of alpha's that wait for their turn.
+my $waiting = q{SELECT pid FROM pg_locks WHERE NOT granted AND locktype = 'object'
 	AND classid = 'mmrepl.progress'::regclass AND objsubid <> 0};
+
+# Passes once one batch stands at the gate and so many others wait, each for the turn
+# of the one before it.  That is certain where these do nothing to each other: what
+# fails ahead leaves those behind it to wait for the watermark.
+sub await_turns
+{
+	my ($gate, $count, $name) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	my $at_gate = behind($gate->pid);
+
+	return $beta->poll_ok(
+		"SELECT EXISTS ($at_gate) AND (SELECT count(*) FROM ($waiting) w) = $count", $name)
+	  || die standing();
+}
+
+# For the log: how far both sides are.
+sub standing
+{
+	return $alpha->describe('beta') . there(
+		q{SELECT a.pid, state, wait_event_type, wait_event, left(query, 60), pg_blocking_pids(a.pid), locktype,
+			relation::regclass, classid::regclass, objid, objsubid, mode
+		FROM pg_stat_activity a LEFT JOIN pg_locks l ON l.pid = a.pid AND NOT granted
+		WHERE backend_type = 'client backend'});
+}
 
 ###############################################################################
 
@@ -106,13 +141,26 @@ $alpha->create_pair($_, 'beta') foreach @tables;
 
 ###############################################################################
 
-# Whatever was lost before: so many batches make up for it.
+# Whatever was lost before, and for how many batches nothing is tried after that:
+# they are made up for when some have been executed ahead and none was in vain.
 sub settle
 {
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
 	here('INSERT INTO gate VALUES (1, 0), (100, 0) ON CONFLICT DO NOTHING');
-	here(q{DO $$ BEGIN FOR i IN 1 .. 150 LOOP UPDATE gate SET v = v + 1 WHERE id = i % 50 + 10; COMMIT; END LOOP; END $$});
-	synced();
-	return;
+	foreach (1 .. 20)
+	{
+		my ($ahead, $redone) = map { $alpha->stat('beta', $_) } qw(batches_ahead batches_redone);
+
+		hold();
+		here(q{DO $$ BEGIN FOR i IN 1 .. 150 LOOP UPDATE gate SET v = v + 1 WHERE id = i % 50 + 10; COMMIT; END LOOP; END $$});
+		release();
+		synced();
+		return
+		  if $alpha->stat('beta', 'batches_redone') == $redone
+		  && $alpha->stat('beta', 'batches_ahead') >= $ahead + 4;
+	}
+	die 'batches are not executed ahead: ' . $alpha->describe('beta');
 }
 
 # Two batches of two transactions.  The first one stands still at the gate until
@@ -142,15 +190,16 @@ sub meet
 	}
 	else
 	{
-		$beta->poll_ok($expected{waits} || "SELECT ($waiting) = 1", "$name: the second one waits")
-		  or die $alpha->describe('beta');
+		await_turns($gate, 1, "$name: the second one waits") if !$expected{waits};
+		$beta->poll_ok($expected{waits}, "$name: the second one waits") || die standing()
+		  if $expected{waits};
 	}
 	$expected{meanwhile}->() if $expected{meanwhile};
 	my $begun = time;
 	$gate->ok('COMMIT');
 	$gate->quit;
 	synced();
-	cmp_ok(time - $begun, '<', 20, "$name: nobody has waited for deadlock_timeout");
+	cmp_ok(time - $begun, '<', 90, "$name: nobody has waited for deadlock_timeout");
 	$alpha->same_rows($beta, $_, name => "$name: $_") foreach @tables;
 	my $redone = $alpha->stat('beta', 'batches_redone') - $was{batches_redone};
 	if ($expected{error} || $expected{redone})
@@ -278,6 +327,30 @@ sub backlog
 	return;
 }
 
+# So many transactions that do nothing to each other, nor to what settle() does.
+my $calm = 20_000;
+
+sub calm
+{
+	my ($n) = @_;
+
+	here(
+		qq{DO \$\$
+		BEGIN
+			FOR i IN 1 .. $n LOOP
+				IF i % 2 = 0 AND i <= 10 THEN
+					UPDATE account SET balance = balance + 1 WHERE id = i - 1;
+					UPDATE account SET balance = balance - 1 WHERE id = i;
+				ELSE
+					INSERT INTO other VALUES ($calm + i, i);
+				END IF;
+				COMMIT;
+			END LOOP;
+		END \$\$});
+	$calm += $n;
+	return;
+}
+
 # Everything is there, once, and came in order.
 sub judge
 {
@@ -298,10 +371,10 @@ sub judge
 set_config('mmrepl.batch_transactions', '15');
 
 section 'readers' => sub {
-	my $was = $alpha->stat('beta', 'batches_ahead');
 	my $retries = $alpha->stat('beta', 'retries');
 
 	here(q{ALTER SERVER beta OPTIONS (SET lanes '3')});
+	settle();
 	there(
 		q{CREATE TABLE seen (total bigint);
 		  CREATE PROCEDURE watch() LANGUAGE plpgsql AS $$
@@ -313,7 +386,9 @@ section 'readers' => sub {
 			END LOOP;
 		  END $$});
 	my $reader = $beta->session;
+	my $was = $alpha->stat('beta', 'batches_ahead');
 	hold();
+	calm(4 * 15);
 	backlog(2000);
 	here('INSERT INTO gate VALUES (1000, 0)');
 	$reader->start('CALL watch()');
@@ -331,8 +406,9 @@ section 'readers' => sub {
 
 ###############################################################################
 
-# A backlog whose first batch stands still while another one waits for its turn:
-# what is done then to one of the two.
+# A backlog whose first batch stands still while two others, over a lane each, wait
+# for their turn: what is done then to one of them.  (All four that may be on their
+# way do nothing to each other.)
 sub disturb
 {
 	my ($name, $disturb) = @_;
@@ -341,34 +417,27 @@ sub disturb
 	settle();
 	hold();
 	here('DELETE FROM gate WHERE id = 100');
+	calm(7);
 	backlog(200);
 	$gate->ok('BEGIN; UPDATE gate SET v = v WHERE id = 100');
 	release();
-	$beta->poll_ok("SELECT ($waiting) > 0", "$name: a batch waits for the one before it");
-	$disturb->();
+	await_turns($gate, 2, "$name: batches wait for the one before them");
+	$disturb->(there(behind($gate->pid)));
 	$gate->ok('COMMIT');
 	$gate->quit;
 	judge($name);
 	return;
 }
 
-sub waiter
-{
-	return there($waiting =~ s/count\(\*\)/pid/r . ' LIMIT 1');
-}
-
 section 'sessions that are killed' => sub {
 	set_config('mmrepl.batch_transactions', '2');
-	disturb('the batch that is waited for is killed', sub {
-		$beta->terminate(there(q{SELECT pid FROM pg_stat_activity WHERE query LIKE '%mmrepl.apply%'
-			AND wait_event IN ('transactionid', 'tuple') ORDER BY xact_start LIMIT 1}));
-	});
-	disturb('the batch that waits is killed', sub { $beta->terminate(waiter()) });
+	disturb('the batch that is waited for is killed', sub { $beta->terminate(@_) });
+	disturb('the batch that waits is killed', sub { $beta->terminate(there(behind(@_))) });
 
 	my $retries = $alpha->stat('beta', 'retries');
 	my $redone = $alpha->stat('beta', 'batches_redone');
 	disturb('the batch that waits is cancelled', sub {
-		my $pid = waiter();
+		my $pid = there(behind(@_));
 		there("SELECT pg_cancel_backend($pid)");
 		$beta->poll_ok("SELECT NOT EXISTS (SELECT FROM pg_locks WHERE pid = $pid AND NOT granted)", 'it waits no more');
 	});
@@ -378,6 +447,41 @@ section 'sessions that are killed' => sub {
 	disturb('the worker is killed', sub {
 		$alpha->terminate(here(q{SELECT pid FROM mmrepl.pg_stat_mmrepl WHERE server = 'beta'}));
 	});
+};
+
+# Of two that are ahead the later one is the first at a row.  Either may be the one
+# that gives way, and when it is the earlier one, nobody waits for a turn any more.
+section 'two that are ahead are in each other\'s way' => sub {
+	my ($first, $second) = map { $beta->session } 1 .. 2;
+
+	settle();
+	my %was = map { $_ => $alpha->stat('beta', $_) } qw(batches_redone retries);
+	hold();
+	here('DELETE FROM gate WHERE id = 100');
+	here('INSERT INTO other VALUES (30001, 1)');
+	here('DELETE FROM gate WHERE id = 99');
+	here("UPDATE account SET balance = balance + $_ WHERE id = 1") foreach 1, -1;
+	here('INSERT INTO other VALUES (30002, 1)');
+	$first->ok('BEGIN; UPDATE gate SET v = v WHERE id = 100');
+	$second->ok('BEGIN; UPDATE gate SET v = v WHERE id = 99');
+	release();
+	my ($one, $two) = map { behind($_->pid) } $first, $second;
+	$beta->poll_ok("SELECT EXISTS ($one) AND EXISTS ($two) AND (SELECT count(*) FROM ($waiting) w) = 1",
+		'the third one has the row, and waits for its turn')
+	  or die standing();
+	$second->ok('COMMIT');
+	my $behind = behind(there($one));
+	$beta->poll_ok(
+		qq{SELECT (SELECT count(*) FROM ($behind) b) = 1 AND
+		   (SELECT count(*) FROM pg_locks WHERE NOT granted) = 2},
+		'one of the two has given way')
+	  or die standing();
+	note 'left: ', there(qq{SELECT locktype FROM pg_locks WHERE NOT granted AND pid IN ($behind)});
+	$first->ok('COMMIT');
+	$_->quit foreach $first, $second;
+	judge('in each other\'s way');
+	cmp_ok($alpha->stat('beta', 'batches_redone'), '>', $was{batches_redone}, 'it was done once more');
+	is($alpha->stat('beta', 'retries'), $was{retries}, 'no failure is counted');
 };
 
 ###############################################################################
@@ -396,7 +500,7 @@ section 'a transaction that is refused' => sub {
 	my $gate = $beta->session;
 	$gate->ok('BEGIN; UPDATE gate SET v = v WHERE id = 9');
 	release();
-	$beta->poll_ok("SELECT ($waiting) > 0", 'a batch waits for the one that will be refused');
+	await_turns($gate, 2, 'batches wait for the one that will be refused');
 	$gate->ok('COMMIT');
 	$gate->quit;
 	$alpha->poll_state('beta', 'blocked');
@@ -415,6 +519,7 @@ section 'a transaction that is refused' => sub {
 };
 
 section 'prepared transactions' => sub {
+	settle();
 	my $was = $alpha->stat('beta', 'batches_ahead');
 	my $log = -s $beta->logfile;
 
@@ -423,6 +528,7 @@ section 'prepared transactions' => sub {
 	backlog(20);    # behind them, and there before they are
 	synced();
 	hold();
+	calm(8);
 	backlog(20);
 	foreach my $i (1 .. 4)
 	{
@@ -515,13 +621,17 @@ section 'a peer that knows no lanes' => sub {
 			RETURN mmrepl.apply_of_today(batch);
 		  END $$});
 	$beta->terminate_peers;
-	settle();
+	here('UPDATE gate SET v = v + 1 WHERE id = 2');
+	synced();
 	my $was = $alpha->stat('beta', 'batches_ahead');
+	hold();
 	backlog(300);
+	release();
 	judge('a peer of protocol 1');
 	is($alpha->stat('beta', 'batches_ahead'), $was, 'nothing is executed ahead');
 	is($alpha->stat('beta', 'last_error') =~ /unknown flags/ ? 1 : 0, 0, 'it is told of no turns');
-	is(scalar $beta->peer_sessions, 1, 'there is one connection');
+	$beta->poll_ok('SELECT count(*) = 1 FROM pg_stat_activity WHERE client_addr IS NOT NULL',
+		'there is one connection');
 };
 
 is($alpha->queued('beta'), '0', 'nothing is left queued');

@@ -313,9 +313,9 @@ static void
 TakeSync(Session *session)
 {
 	MMREPL_FAULT_POINT("worker-peer-committed");
+	NoteLaneSuccess(session, &session->shipments[0]); /* before it is confirmed, as what else is counted */
 	Applied(&session->feed, &session->shipments[0]);
 	MMREPL_FAULT_POINT("worker-applied");
-	NoteLaneSuccess(session, &session->shipments[0]);
 	PopOldest(session);
 	NoteSuccess(session);
 }
