@@ -313,7 +313,8 @@ static void
 TakeSync(Session *session)
 {
 	MMREPL_FAULT_POINT("worker-peer-committed");
-	NoteLaneSuccess(session, &session->shipments[0]); /* before it is confirmed, as what else is counted */
+	NoteLaneSuccess(session,
+					&session->shipments[0]); /* before it is confirmed, as what else is counted */
 	Applied(&session->feed, &session->shipments[0]);
 	MMREPL_FAULT_POINT("worker-applied");
 	PopOldest(session);
