@@ -16,7 +16,6 @@ use Time::HiRes ();
 my $alpha = MmreplCluster->create('alpha');
 my $beta = MmreplCluster->create('beta');
 my @targets = ('one', 'two', 'three');
-my $delay = 3;
 
 sub here { return $alpha->safe_psql('postgres', $_[0]) }
 
@@ -40,7 +39,7 @@ foreach my $target (@targets)
 		CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS \$\$
 		BEGIN
 			IF NEW.v = 'slow' THEN
-				PERFORM pg_sleep($delay);
+				PERFORM pg_advisory_lock(1), pg_advisory_unlock(1);
 			ELSIF NEW.v = 'endless' THEN
 				PERFORM pg_sleep(10 * $MmreplCluster::timeout);
 			ELSIF NEW.v = 'bad for ' || current_database() THEN
@@ -58,20 +57,30 @@ my $session = $alpha->session;
 $session->ok(q{INSERT INTO many VALUES (0, 'first')});
 
 section 'at the same time' => sub {
+	$session->ok(qq{SET mmrepl.sync_timeout = '@{[10 * $MmreplCluster::timeout]}s';
+		SET mmrepl.sync_lock_timeout = '@{[10 * $MmreplCluster::timeout]}s'});
 	foreach my $sql (
 		q{INSERT INTO many VALUES (1, 'slow')},
 		q{BEGIN; SAVEPOINT s; UPDATE many SET v = 'slow' WHERE id = 0; COMMIT},
 		q{SET mmrepl.sync_flush = 'commit'; INSERT INTO many VALUES (2, 'slow')})
 	{
-		my $start = Time::HiRes::time();
+		my @holders = map { $beta->session($_) } @targets;
 
-		$session->ok($sql);
-		my $took = Time::HiRes::time() - $start;
-
-		cmp_ok($took, '>=', $delay, "$sql: all are waited for");
-		cmp_ok($took, '<', 2 * $delay, '... together');
+		$_->ok('SELECT pg_advisory_lock(1)') foreach @holders;
+		$session->start($sql);
+		foreach my $left (3, 2, 1)
+		{
+			$beta->poll_ok(
+				"SELECT count(*) = $left FROM pg_stat_activity WHERE client_addr IS NOT NULL AND wait_event = 'advisory'",
+				"$sql: $left of them work, at the same time");
+			is( here('SELECT state FROM pg_stat_activity WHERE pid = ' . $session->pid),
+				'active', '... and are waited for');
+			(shift @holders)->quit;
+		}
+		my (undef, $err) = $session->finish;
+		is($err, '', '... until they are done');
 	}
-	$session->ok('RESET mmrepl.sync_flush');
+	$session->ok('RESET ALL');
 	is(everywhere('SELECT count(*) FROM many'), '3', 'all have it');
 };
 
@@ -162,11 +171,11 @@ section 'the fence' => sub {
 	here(q{SET mmrepl.mode = 'async'; UPDATE other SET v = 'waits' WHERE id = 50});
 	$beta->poll_ok(q{SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event_type = 'Lock'},
 		'delivery to one of them waits');
-	$session->ok(q{SET mmrepl.sync_timeout = '1500ms'});
+	$session->ok(q{SET mmrepl.sync_timeout = '4s'});
 	$session->start(q{INSERT INTO many VALUES (50, 'behind it')});
 	my (undef, $err, $took) = $session->finish;
 	like($err, qr/ERROR:\s+MM008: .*still queued/, 'who comes behind it waits in vain');
-	cmp_ok($took, '<', 2.8, '... once');
+	cmp_ok($took, '<', 7.8, '... once');
 	is(everywhere('SELECT count(*) FROM many WHERE id = 50'), '0', '... and none has it');
 	$other->ok('ROLLBACK');
 	$other->quit;
@@ -210,13 +219,17 @@ section 'given up while none of six answers' => sub {
 		here("ALTER SERVER $target OPTIONS (SET port '$port')");
 		$alpha->poll_state($target, 'streaming');
 	}
-	foreach my $how ('a statement', 'COMMIT', 'a statement after others', 'ROLLBACK', 'a statement, timeout')
-	{
-		my $id = 60 + length $how;
+	my $watch = $alpha->session;
+	my $id = 60;
+
+	# What happens to one session, and how long that takes.
+	my $give_up = sub {
+		my ($how) = @_;
 		my $sleep = $how eq 'a statement after others' ? '; SELECT pg_sleep(60)' : '';
 		my %worker = map { $_->{id} => 1 } $proxy->connections;
 		my $one = $alpha->session;
 
+		$id++;
 		$one->ok("INSERT INTO many VALUES ($id, 'warm')");
 		my @mine = grep { !$worker{$_} } map { $_->{id} } $proxy->connections;
 		$one->ok("BEGIN; UPDATE many SET v = 'changed' WHERE id = $id") if $how !~ /^a statement(?:, timeout)?$/;
@@ -234,18 +247,35 @@ section 'given up while none of six answers' => sub {
 				  FROM pg_stat_activity WHERE pid = } . $one->pid,
 				"$how: the session waits");
 			$start = Time::HiRes::time();
-			here('SELECT pg_cancel_backend(' . $one->pid . ')');
+			$watch->ok('SELECT pg_cancel_backend(' . $one->pid . ')');
 		}
 		my (undef, $err) = $one->finish;
 		my $took = Time::HiRes::time() - $start;
-		cmp_ok($took, '<', $how =~ /timeout/ ? 4 : 2.5, "$how: answered within a second, or in time: $took");
-		like($err, $how eq 'ROLLBACK' ? qr/^$/ : $how =~ /timeout/ ? qr/MM008/ : qr/57014/, '... and told');
+		like($err, $how eq 'ROLLBACK' ? qr/^$/ : $how =~ /timeout/ ? qr/MM008/ : qr/57014/, "$how: it is told");
 		$one->quit;
 		$proxy->new_connections('pass');
 		$proxy->kill(only => \@mine);
+		return $took;
+	};
+	foreach my $how ('a statement', 'COMMIT', 'a statement after others', 'ROLLBACK', 'a statement, timeout')
+	{
+		# One after the other takes 3 s, each time; together it does so only on a machine
+		# that is busy just then.
+		my $bound = $how =~ /timeout/ ? 4 : 2.5;
+		my $took = $give_up->($how);
+
+		for (my $try = 1; $try < 5 && $took >= $bound; $try++)
+		{
+			note "$how: $took s, tried again";
+			$took = $give_up->($how);
+		}
+		cmp_ok($took, '<', $bound, "$how: answered within a second, or in time: $took");
 	}
+	$watch->quit;
 	$alpha->wait_caught_up($_) foreach (@targets, 'four', 'five', 'six');
-	is(everywhere('SELECT count(*) FROM many WHERE id > 60'), '5', 'all have what was committed');
+	my $all = 'SELECT count(*), string_agg(v, $$ $$ ORDER BY id) FROM many WHERE id > 60';
+	is(everywhere($all), here($all), 'all have what was committed');
+	like(here($all), qr/^@{[$id - 60]}\|/, '... and that is not nothing');
 };
 
 $session->quit;

@@ -15,7 +15,7 @@ use Time::HiRes ();
 
 my ($alpha, $beta) = MmreplCluster->new_pair(conf => <<'EOC');
 mmrepl.two_phase = 'on'
-mmrepl.sync_timeout = '3s'
+mmrepl.sync_timeout = '1min'
 mmrepl.recovery_interval = '2s'
 autovacuum = off
 wal_level = replica
@@ -248,9 +248,16 @@ section 'crash before the commit record' => sub {
 
 section 'terminated between the two' => sub {
 	my ($first, $second) = held_between_the_two(55, 'terminated');
+	my $worker = $alpha->stat('beta', 'pid');
 
-	$alpha->terminate($second->pid);
-	is(there($prepared), '0', 'the session itself has rolled it back');
+	die 'no worker' if $worker !~ /^\d+$/;
+	kill 'STOP', $worker;
+	my $alone = eval {
+		$alpha->terminate($second->pid);
+		$beta->poll_query_until('postgres', "SELECT ($prepared) = 0");
+	};
+	kill 'CONT', $worker;
+	ok($alone, 'the session itself has rolled it back, for the worker stands still');
 	hold_commits('');
 	eval { $_->quit } foreach ($first, $second);
 	settled();
@@ -288,11 +295,13 @@ section 'the peer dies with it prepared' => sub {
 
 section 'a prepare that comes late' => sub {
 	my $session = $alpha->session;
+	$session->ok(q{SET mmrepl.sync_timeout = '3s'});
 	$session->ok('BEGIN');
 	$session->ok(q{INSERT INTO item VALUES (70, 'late')});
 	my $peer = there(
 		q{SELECT pid FROM pg_stat_activity WHERE client_addr IS NOT NULL
 		  AND state = 'idle in transaction'});
+	die "not one session: $peer" if $peer !~ /^\d+$/;
 	kill 'STOP', $peer;
 	my ($out, $err) = $session->run('COMMIT');
 	like($err, qr/ERROR:\s+MM008: server "beta" did not answer in time/, 'the peer is silent');
@@ -434,6 +443,7 @@ section 'a queue that is given up with it' => sub {
 		'what was in doubt is still shown');
 	here('ALTER SYSTEM RESET mmrepl.max_queue_size');
 	$alpha->reload;
+	await($alpha, q{SELECT current_setting('mmrepl.max_queue_size') <> '64kB'});
 	$beta->start;
 	here(q{SELECT mmrepl.resync('beta')});
 	settled();

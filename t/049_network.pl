@@ -78,7 +78,8 @@ sub hardware
 {
 	my ($link, @where) = @_;
 	my ($address) = `@where ip -o link show $link` =~ m{link/ether ([0-9a-f:]+)};
-	return $address or die "no address of $link";
+	die "no address of $link" if !$address;
+	return $address;
 }
 my %hardware = (cable0 => hardware('cable0'), cable1 => hardware('cable1', @there));
 

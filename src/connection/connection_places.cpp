@@ -315,6 +315,8 @@ WaitInLine(Seat *seat, int pool, TimestampTz deadline, bool *deadlock)
 			*deadlock = IsDeadlock(pool) && pg_atomic_read_u32(&seat->granted) == 0;
 			if (*deadlock)
 				return false;
+			ereport(DEBUG1,
+					(errmsg_internal("mmrepl: waiting for a connection to a peer is no deadlock")));
 			look = DeadlineIn((int) Min(bound, INT_MAX));
 		}
 		long left = Remaining(deadline);
