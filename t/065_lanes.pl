@@ -617,7 +617,7 @@ section 'a peer that knows no lanes' => sub {
 			LANGUAGE sql AS 'SELECT * FROM mmrepl.hello_of_today($1, $2, 1)';
 		  CREATE FUNCTION mmrepl.apply(batch bytea) RETURNS bigint LANGUAGE plpgsql AS $$
 		  BEGIN
-			IF get_byte(batch, 4) & 24 <> 0 THEN RAISE 'unknown flags'; END IF;
+			IF get_byte(batch, 4) & 56 <> 0 THEN RAISE 'unknown flags'; END IF;
 			RETURN mmrepl.apply_of_today(batch);
 		  END $$});
 	$beta->terminate_peers;

@@ -15,6 +15,8 @@
  *				 does: what is to be checked at its end is not checked yet; kFirst: part 0 of such.
  *				 kTurn: a batch that follows may be executed before this one has committed.
  *				 kAhead: this is one; its predecessor has kTurn.  Both since protocol 2.
+ *				 kRelaxed: the commit need not be flushed; a later batch without this
+ *				 flag makes it last, were it empty.  Since protocol 3.
  *	 previous	 watermark that must be there before (fence against a batch that
  *				 overtakes a failed one); last: the watermark afterwards.  What is executed ahead
  *				 looks at it when its rows are written, and nothing else may be there.
@@ -30,16 +32,19 @@
 namespace mmrepl::batch
 {
 
-constexpr uint32 kMagic = 0x4D4D5231; /* "MMR1": protocols 1 and 2 */
-constexpr int kProtocol = 2;
+constexpr uint32 kMagic = 0x4D4D5231; /* "MMR1": protocols 1 to 3 */
+constexpr int kProtocol = 3;
 constexpr int kOldestProtocol = 1;
-constexpr int kLanesProtocol = 2; /* has kTurn and kAhead */
+constexpr int kLanesProtocol = 2;	/* has kTurn and kAhead */
+constexpr int kRelaxedProtocol = 3; /* has kRelaxed */
 
 constexpr uint8 kInline = 1; /* flags of a batch */
 constexpr uint8 kFirst = 2;
 constexpr uint8 kMore = 4;
 constexpr uint8 kTurn = 8;
 constexpr uint8 kAhead = 16;
+constexpr uint8 kRelaxed = 32;
+constexpr uint8 kKnownFlags = 63;
 
 /* What apply() returns for an inline batch when something may be checked at the end only. */
 constexpr uint64 kMayDefer = 1;

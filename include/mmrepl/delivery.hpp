@@ -45,6 +45,8 @@ void AddSegment(Batch *batch, const char *data, uint32 length);
 void ClearMore(Batch *batch);
 /* Whether the batch has a turn, and is executed ahead (kTurn, kAhead), both also when it was set. */
 void SetTurn(Batch *batch, bool turn, bool ahead);
+/* The batch's commit at the peer need not be flushed (kRelaxed). */
+void SetRelaxed(Batch *batch);
 /* Write the watermark that holds after the batch. */
 void Finish(Batch *batch, uint64 last);
 

@@ -274,10 +274,11 @@ void ConsumeRing(shmem::Stream &stream, const RingEntry *entry);
 
 /* All committed work of the stream up to the ticket is at the peer. */
 void Confirm(shmem::Stream &stream, uint64 ticket);
-/* Take delivered work off the backlog counters. */
+/* Take delivered work off the backlog counters; put it back, the peer has lost it. */
 void Discount(shmem::Stream &stream, uint64 transactions, uint64 changes, uint64 bytes);
+void CountAgain(shmem::Stream &stream, uint64 transactions, uint64 changes, uint64 bytes);
 
-/* The peer's watermark has been at this ticket. */
+/* The peer's watermark has been at this ticket, and does not go back. */
 void Acknowledged(shmem::Stream &stream, uint64 watermark);
 
 /* All rows of COMMIT PREPARED commands up to this number are at the peer, too. */

@@ -106,8 +106,7 @@ ReadHeader(change::Reader *in, Header *header)
 {
 	ReadMagic(in);
 	header->flags = in->U8();
-	if (header->flags &
-		~(batch::kInline | batch::kFirst | batch::kMore | batch::kTurn | batch::kAhead))
+	if (header->flags & ~batch::kKnownFlags)
 		Malformed("Unknown flags.");
 	uint32 encoding = in->U32();
 
@@ -358,8 +357,10 @@ CheckPrevious(const Header &header, uint64 watermark)
 /*
  * The stream's row is locked before anything is looked at: a session that still
  * executes an earlier attempt holds it, we wait for its end and see what it has
- * left to do.  A batch that is executed ahead locks it later.  Returns the
- * watermark that the batch finds, or will find.
+ * left to do.  A batch that is executed ahead locks it later.  The lock is written,
+ * so the commit of a batch that has nothing to do is flushed as well, and all
+ * that was committed before it.  Returns the watermark that the batch finds, or
+ * will find.
  */
 static uint64
 EnterStream(Session *session)
@@ -416,6 +417,15 @@ ApplyQueued(Session *session)
 	}
 	CloseProgress(&progress);
 	return watermark;
+}
+
+/* Until the end of the transaction, of which this is the last batch. */
+static void
+RelaxCommit(const Header &header)
+{
+	if ((header.flags & batch::kRelaxed) && synchronous_commit != SYNCHRONOUS_COMMIT_OFF)
+		(void) set_config_option("synchronous_commit", "off", PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_LOCAL, true, 0, false);
 }
 
 /* Until the end of the call; the sessions of peers have it already. */
@@ -506,6 +516,7 @@ ApplyBatch(const char *data, uint32 length)
 	session->reader = {data, length, 0};
 	ReadHeader(&session->reader, &session->header);
 	FollowClock(session->header);
+	RelaxCommit(session->header);
 	Guarded([&] { watermark = Run(session); },
 			[&] {
 				StopAhead(session);

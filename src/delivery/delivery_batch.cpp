@@ -117,6 +117,13 @@ SetTurn(Batch *batch, bool turn, bool ahead)
 		(char) (flags | (turn ? batch::kTurn : 0) | (ahead ? batch::kAhead : 0));
 }
 
+/* Whoever sets it sends a batch without it later. */
+void
+SetRelaxed(Batch *batch)
+{
+	batch->buf.data[kFlagsAt] |= (char) batch::kRelaxed;
+}
+
 /* Write the watermark that holds after the batch. */
 void
 Finish(Batch *batch, uint64 last)

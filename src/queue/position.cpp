@@ -38,6 +38,14 @@ Discount(shmem::Stream &stream, uint64 transactions, uint64 changes, uint64 byte
 }
 
 void
+CountAgain(shmem::Stream &stream, uint64 transactions, uint64 changes, uint64 bytes)
+{
+	pg_atomic_fetch_add_u64(&stream.queued_transactions, (int64) transactions);
+	pg_atomic_fetch_add_u64(&stream.queued_changes, (int64) changes);
+	pg_atomic_fetch_add_u64(&stream.queued_bytes, (int64) bytes);
+}
+
+void
 Acknowledged(shmem::Stream &stream, uint64 watermark)
 {
 	AtomicMax(&stream.acked, watermark);
@@ -125,6 +133,8 @@ WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline)
 	{
 		long left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), deadline);
 
+		/* It may have left the peer's flush for later. */
+		shmem::WakeWorker(stream);
 		if (left <= 0 || pg_atomic_read_u64(&stream.discarded) == shmem::kNeedsResync)
 			break;
 		ConditionVariableTimedSleep(&stream.confirmed_cv, Min(left, 60000L), PG_WAIT_EXTENSION);

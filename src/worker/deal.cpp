@@ -113,14 +113,14 @@ DrainOver(PGconn *conn, const char *server, Feed *feed, int64 limit)
 	if (!RecoverPrepared(place, &left, &failure))
 		connection::ReportFailure(&failure, server, NULL);
 
-	ResetFeed(feed, peer.watermark);
+	ResetFeed(feed, peer);
 	while (budget.changes > 0)
 	{
 		Shipment shipment;
 
 		CHECK_FOR_INTERRUPTS();
 		StartShipment(&shipment, CurrentMemoryContext);
-		if (!NextShipment(feed, &shipment, budget))
+		if (!NextShipment(feed, &shipment, budget) && !SealNow(feed, &shipment))
 		{
 			EndShipment(&shipment);
 			break;

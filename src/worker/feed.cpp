@@ -527,7 +527,8 @@ ConfirmPassed(Feed *feed)
 			!LateWork(feed))
 			feed->position = Max(feed->position, below - 1);
 	}
-	queue::Confirm(*feed->shared, feed->position);
+	if (feed->unsealed.since == 0)
+		queue::Confirm(*feed->shared, feed->position);
 	queue::ConfirmLate(*feed->shared, feed->late_reached);
 	if (!feed->from_tables)
 		ReconcileBacklog(feed);

@@ -15,6 +15,77 @@ constexpr uint64 kSweepEvery = 2; /* often enough for a test */
 constexpr uint64 kSweepEvery = 1000; /* inline transactions */
 #endif
 
+/*
+ * What a crash of the peer costs at the most: this much is sent again.  The queue
+ * keeps it as long.
+ */
+constexpr int64 kSealAfter = INT64CONST(100) * 1000;
+
+/* ---- commits that are not flushed ---- */
+
+static bool
+SealIsDue(const Feed *feed)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	/* Later than that it is only when the clock was set back. */
+	return feed->unsealed.since != 0 &&
+		   (now >= feed->unsealed.since + kSealAfter || now < feed->unsealed.since ||
+			queue::SomebodyWaits(*feed->shared));
+}
+
+TimestampTz
+SealDueAt(const Feed *feed)
+{
+	return feed->unsealed.since == 0 ? 0 : feed->unsealed.since + kSealAfter;
+}
+
+void
+NoteUnsealed(Feed *feed, uint64 to)
+{
+	if (feed->unsealed.since == 0)
+		feed->unsealed.since = GetCurrentTimestamp();
+	feed->unsealed.to = Max(feed->unsealed.to, to);
+}
+
+/* Late heads are removed when the peer has their rows for good; large ones take long anyway. */
+void
+Relax(Feed *feed, Shipment *shipment)
+{
+	if (!feed->relaxed_there || shipment->large || shipment->late != NIL ||
+		shipment->transactions == 0 || SealIsDue(feed) || queue::SomebodyWaits(*feed->shared))
+		return;
+	shipment->relaxed = true;
+	delivery::SetRelaxed(&shipment->batch);
+}
+
+/* A batch without transactions, over what was passed. */
+static void
+MakeEmpty(Feed *feed, Shipment *shipment)
+{
+	shipment->previous = feed->watermark;
+	InContext(shipment->context, [&] { BeginBatch(feed, shipment, 0); });
+	CloseBatch(feed, shipment);
+	feed->watermark = feed->position;
+}
+
+bool
+SealShipment(Feed *feed, Shipment *shipment)
+{
+	return SealIsDue(feed) && SealNow(feed, shipment);
+}
+
+bool
+SealNow(Feed *feed, Shipment *shipment)
+{
+	if (feed->unsealed.since == 0)
+		return false;
+	feed->unsealed.found = false;
+	MakeEmpty(feed, shipment);
+	MMREPL_FAULT_POINT("seal-built");
+	return true;
+}
+
 /* ---- after delivery ---- */
 
 static void
@@ -74,6 +145,16 @@ Applied(Feed *feed, Shipment *shipment)
 	pg_atomic_fetch_add_u64(&counters.batches, 1);
 	NoteLag(stream, shipment->last_ticket);
 	NoteOldest(feed);
+	if (shipment->relaxed)
+	{
+		NoteUnsealed(feed, shipment->confirm_to);
+		feed->unsealed.transactions += shipment->transactions;
+		feed->unsealed.changes += shipment->changes;
+		feed->unsealed.bytes += shipment->bytes;
+		MMREPL_FAULT_POINT("worker-unsealed");
+		return;
+	}
+	feed->unsealed = {};
 	queue::Confirm(stream, shipment->confirm_to);
 	MMREPL_FAULT_POINT("worker-confirmed");
 	queue::Acknowledged(stream, shipment->confirm_to);
@@ -113,12 +194,9 @@ SweepShipment(Feed *feed, Shipment *shipment)
 		pg_atomic_read_u64(&feed->shared->confirmed) < feed->sweep_after)
 		return false;
 	shipment->sweep_xid = feed->sweep_xid;
-	shipment->previous = feed->watermark;
 	feed->sweep_xid = 0;
-	InContext(shipment->context, [&] { BeginBatch(feed, shipment, 0); });
-	CloseBatch(feed, shipment);
+	MakeEmpty(feed, shipment);
 	MMREPL_FAULT_POINT("sweep-built");
-	feed->watermark = feed->position;
 	return true;
 }
 

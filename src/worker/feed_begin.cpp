@@ -132,16 +132,39 @@ RequireSourceNotRewound(Feed *feed, uint64 watermark)
 						 "mmrepl.skip().")));
 }
 
+/*
+ * A peer that stands behind what it had applied has crashed: what it lost waits
+ * again.  What it has beyond what is confirmed may not have been flushed there.
+ */
+static void
+ResetUnsealed(Feed *feed, uint64 watermark)
+{
+	const Unsealed &was = feed->unsealed;
+
+	if (was.since != 0 && watermark < was.to)
+		queue::CountAgain(*feed->shared, was.transactions, was.changes, was.bytes);
+	feed->unsealed = {};
+	if (!feed->relaxed_there || watermark <= pg_atomic_read_u64(&feed->shared->confirmed))
+		queue::Acknowledged(*feed->shared, watermark);
+	else
+	{
+		NoteUnsealed(feed, watermark);
+		feed->unsealed.found = true;
+	}
+}
+
 void
-ResetFeed(Feed *feed, uint64 watermark)
+ResetFeed(Feed *feed, const delivery::Peer &peer)
 {
 	uint64 discarded = pg_atomic_read_u64(&feed->shared->discarded);
+	uint64 watermark = peer.watermark;
 
 	if (discarded == shmem::kNeedsResync) /* no ticket: the feed must not begin there */
 		RefuseGivenUp();
 	RequirePeerNotRewound(feed, watermark);
 	RequireSourceNotRewound(feed, watermark);
-	queue::Acknowledged(*feed->shared, watermark);
+	feed->relaxed_there = peer.protocol >= batch::kRelaxedProtocol;
+	ResetUnsealed(feed, watermark);
 	ReadAgain(feed, Max(Max(pg_atomic_read_u64(&feed->shared->confirmed), watermark), discarded));
 	if (discarded > watermark)
 		MMREPL_FAULT_POINT("resync-feed-begun");

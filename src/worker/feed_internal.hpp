@@ -27,6 +27,9 @@ void DropSurvey(Feed *feed);
  */
 pg_attribute_noreturn() void RefuseGivenUp();
 
+/* What was passed on the way to this ticket waits for a flush at the peer. */
+void NoteUnsealed(Feed *feed, uint64 to);
+
 /* Go back to the ticket: what was read above it and is in no batch is read again. */
 void ReadAgain(Feed *feed, uint64 position);
 

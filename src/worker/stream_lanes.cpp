@@ -56,8 +56,7 @@ LanesSet(const Session *session)
 int
 UsableLanes(const Session *session)
 {
-	if (session->failures > 0 || session->lanes.alone > 0 ||
-		session->group_limit < guc::batch_transactions)
+	if (Narrowing(session) || session->lanes.alone > 0)
 		return 1;
 	return LanesSet(session);
 }

@@ -195,7 +195,7 @@ Greet(Session *session)
 	SpinLockRelease(&session->shared->mutex);
 	session->lanes.known_there = peer.protocol >= batch::kLanesProtocol;
 	MMREPL_FAULT_POINT("worker-greeted");
-	ResetFeed(&session->feed, peer.watermark);
+	ResetFeed(&session->feed, peer);
 	if (!PQenterPipelineMode(session->conn))
 		ereport(ERROR, (errcode(ERRCODE_CONNECTION_FAILURE),
 						errmsg("could not enter pipeline mode: %s",
@@ -347,8 +347,9 @@ PublishFailure(Session *session, const connection::Failure *failure, const stats
 
 /*
  * Decide what a failure means.  `refused`: it is the peer's answer to the oldest
- * batch.  A permanent refusal of several transactions is narrowed down at once;
- * of one, it blocks the stream, which then tries again at the longest delay.
+ * batch.  A permanent refusal of several transactions is narrowed down at once, and
+ * so is one behind something unsealed, which is sealed first; of a single one, it
+ * blocks the stream, which then tries again at the longest delay.
  */
 void
 Fail(Session *session, const connection::Failure *failure, bool refused)
@@ -358,11 +359,13 @@ Fail(Session *session, const connection::Failure *failure, bool refused)
 	int64 transactions = session->outstanding > 0 ? session->shipments[0].transactions : 0;
 	uint64 ticket = session->outstanding > 0 ? session->shipments[0].first_ticket : 0;
 
+	bool narrows = transactions > 1 || (transactions == 1 && session->feed.unsealed.since != 0);
+
 	DropPeer(session);
 	NoteLaneFailure(session);
-	if (refused && transactions > 1)
+	if (refused && (transactions > 1 || (permanent && narrows)))
 		session->group_limit = Max(transactions / 2, 1);
-	if (permanent && transactions > 1)
+	if (permanent && narrows)
 	{
 		session->retry_at = 0;
 		SetLatch(MyLatch); /* at once */

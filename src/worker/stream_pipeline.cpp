@@ -179,6 +179,24 @@ SendFilled(Session *session)
 	return true;
 }
 
+/*
+ * What goes into the next batch, if anything.  What was applied before a transaction
+ * that is refused is confirmed, however long that blocks the stream.
+ */
+static bool
+FillShipment(Session *session, Shipment *shipment, const Budget &budget)
+{
+	Feed *feed = &session->feed;
+
+	if (feed->unsealed.found)
+		return SealNow(feed, shipment);
+	if (!NextShipment(feed, shipment, budget))
+		return SweepShipment(feed, shipment) || SealShipment(feed, shipment);
+	if (!Narrowing(session))
+		Relax(feed, shipment);
+	return true;
+}
+
 /* Fill and send one more batch; false when there is nothing to send. */
 static bool
 StartOne(Session *session)
@@ -187,7 +205,7 @@ StartOne(Session *session)
 	Budget budget = BudgetOf(session);
 
 	StartShipment(shipment, session->shipments_context);
-	if (!NextShipment(&session->feed, shipment, budget) && !SweepShipment(&session->feed, shipment))
+	if (!FillShipment(session, shipment, budget))
 	{
 		EndShipment(shipment);
 		session->lanes.draining = false;
@@ -225,6 +243,22 @@ Send(Session *session)
 	if (session->outstanding == 0 && !session->shared->paused)
 		ConfirmPassed(&session->feed);
 	Flush(session);
+}
+
+bool
+Seal(Session *session)
+{
+	Shipment *shipment = &session->shipments[0];
+
+	if (session->conn == NULL || !session->holds_lock || session->feed.unsealed.since == 0)
+		return false;
+	StartShipment(shipment, session->shipments_context);
+	(void) SealNow(&session->feed, shipment);
+	session->outstanding = 1;
+	if (!SendFilled(session))
+		return false;
+	Flush(session);
+	return session->outstanding > 0;
 }
 
 /* ---- in ---- */

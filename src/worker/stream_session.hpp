@@ -119,6 +119,13 @@ GivenUp(const Session *session)
 	return pg_atomic_read_u64(&session->shared->discarded) == shmem::kNeedsResync;
 }
 
+/* Whether batches fail, or are small because some did: a transaction may be refused. */
+inline bool
+Narrowing(const Session *session)
+{
+	return session->failures > 0 || session->group_limit < guc::batch_transactions;
+}
+
 /* session.cpp: connection, ordering lock, failures */
 void Attend(Session *session);
 bool EnsureConnected(Session *session);
@@ -162,6 +169,8 @@ void NoteLaneFailure(Session *session);
 /* pipeline.cpp: batches out, results in */
 bool Receive(Session *session);
 void Send(Session *session);
+/* With nothing on its way: what is unsealed is sealed now; false when there is nothing to await. */
+bool Seal(Session *session);
 bool MayStart(const Session *session);		 /* whether another batch may be started */
 PGconn *AwaitedConn(const Session *session); /* where the next answer comes from */
 

@@ -214,6 +214,9 @@ Timeout(const Session *session)
 		due = due == 0 ? session->recovery_at : Min(due, session->recovery_at);
 	if (uint64 looks_at = LooksAt(session, now); looks_at != 0 && looks_at != shmem::kHeedless)
 		due = due == 0 ? (TimestampTz) looks_at : Min(due, (TimestampTz) looks_at);
+	if (TimestampTz seal = SealDueAt(&session->feed);
+		seal != 0 && session->conn != NULL && MayStart(session))
+		due = due == 0 ? seal : Min(due, seal);
 	if (TimestampTz rest = LanesRestAt(session); rest != 0)
 		due = due == 0 ? rest : Min(due, rest);
 	if (TimestampTz silence = SilenceEnds(session); silence != 0)
@@ -265,7 +268,7 @@ StandAside(Session *session)
 {
 	shmem::Stream &stream = *session->shared;
 
-	if (session->outstanding > 0)
+	if (session->outstanding > 0 || Seal(session))
 		return;
 	ReleaseLock(session);
 	SpinLockAcquire(&stream.mutex);

@@ -16,6 +16,21 @@ namespace mmrepl::worker
 {
 
 /*
+ * What the peer has committed, and would lose in a crash: it has not flushed it, as
+ * far as is known.  None of it is confirmed.  The next commit that is flushed there
+ * seals it, and that comes within a bounded time.
+ */
+struct Unsealed
+{
+	TimestampTz since; /* 0: there is nothing of the kind */
+	bool found;		   /* by a greeting: it is sealed before anything else is sent */
+	uint64 to;
+	int64 transactions; /* that are off the backlog's counters; changes and bytes, too */
+	int64 changes;
+	int64 bytes;
+};
+
+/*
  * A feed turns a stream's queue into batches, in order.  It reads the ring while
  * the ring has everything after `position`, else the tables.  Only the holder of
  * the stream's ordering lock may use one.
@@ -30,8 +45,10 @@ struct Feed
 	MemoryContext context;
 	bool tables_only; /* deal_sync_err_rec: leave the ring to the worker */
 
-	uint64 position;  /* everything up to here is in a batch, or needs none */
-	uint64 watermark; /* of the peer once all batches made so far are applied */
+	uint64 position;	/* everything up to here is in a batch, or needs none */
+	uint64 watermark;	/* of the peer once all batches made so far are applied */
+	bool relaxed_there; /* the peer knows of commits that are not flushed */
+	Unsealed unsealed;
 	bool from_tables;
 	uint32 late_seen;	 /* commands ended (LateWord) when the tables were last read */
 	bool late_open;		 /* that reading saw late work it could not take yet */
@@ -69,6 +86,7 @@ struct Shipment
 	uint64 sweep_xid;
 	uint32 late_to; /* the feed's late_reached when it was closed */
 	List *late;		/* of queue::Ref *: heads to remove afterwards */
+	bool relaxed;	/* the peer commits it without a flush */
 	bool large;		/* a chunked transaction in parts */
 	queue::Cursor cursor;
 	uint64 large_xid;
@@ -96,12 +114,13 @@ void StartFeed(Feed *feed, int32 stream, int slot, bool tables_only);
 void FreeFeed(Feed *feed);
 
 /*
- * Begin again after `confirmed` and the peer's watermark.  Raises
+ * Begin again after `confirmed` and the peer's watermark; whether what is between
+ * them was flushed there is not known.  Raises
  * ERRCODE_MMREPL_REWOUND when one of the two was restored from an older state:
  * then nobody can tell from here what is missing where; and
  * ERRCODE_MMREPL_NEEDS_RESYNC when the stream was given up meanwhile.
  */
-void ResetFeed(Feed *feed, uint64 watermark);
+void ResetFeed(Feed *feed, const delivery::Peer &peer);
 
 /*
  * Fill the shipment with the next batch; false when nothing is ready.  May move
@@ -121,6 +140,23 @@ bool LateWork(const Feed *feed);
 
 /* An empty batch that only moves the watermark and sweeps markers, if it is time. */
 bool SweepShipment(Feed *feed, Shipment *shipment);
+
+/*
+ * Let the peer commit the shipment, which was just filled, without a flush: it is
+ * seen there, and answered, a flush earlier.  Not when somebody waits for its
+ * confirmation, nor when the last flush was a while ago.
+ */
+void Relax(Feed *feed, Shipment *shipment);
+
+/* When what is unsealed is to be sealed at the latest; 0: nothing is. */
+TimestampTz SealDueAt(const Feed *feed);
+
+/*
+ * A batch without changes whose commit seals what is unsealed: when that is due, or
+ * now.  False: there is nothing to seal, or it can wait.
+ */
+bool SealShipment(Feed *feed, Shipment *shipment);
+bool SealNow(Feed *feed, Shipment *shipment);
 
 /* The peer has it: positions, counters, late heads. */
 void Applied(Feed *feed, Shipment *shipment);

@@ -1,0 +1,179 @@
+# Commits that the peer does not flush: what they brought is seen at once, and
+# confirmed only when it is there for good.  A peer that crashes in between gets
+# it again.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../lib";
+
+use FaultPoints;
+use MmreplCluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my ($alpha, $beta) = MmreplCluster->new_pair(conf => q{
+	mmrepl.retry_min_delay = '20ms'
+	mmrepl.retry_max_delay = '200ms'
+	autovacuum = off
+	checkpoint_timeout = '1h'
+});
+my $writer;
+my $last = 0;
+
+$alpha->create_table_on_both($beta, 'CREATE TABLE item (id int PRIMARY KEY, n int)');
+$alpha->create_pair('item', 'beta');
+
+# Nobody flushes there what no commit waits for.
+sub stop_flushing
+{
+	$writer = query($beta, "SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'");
+	kill('STOP', $writer);
+	return;
+}
+
+# What was not flushed there is lost.
+sub crash
+{
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	kill('KILL', $beta->{_pid});
+	until_true(sub { is_down($beta) });
+	kill('KILL', $writer);
+	bring_back($beta);
+	return;
+}
+
+sub has
+{
+	my ($id) = @_;
+
+	return query($beta, "SELECT count(*) FROM item WHERE id = $id") eq '1';
+}
+
+# A row that the peer shows, and its id.
+sub insert
+{
+	$last++;
+	query($alpha, "INSERT INTO item VALUES ($last, 0)");
+	until_true(sub { has($last) }) or fail("row $last is seen at the peer");
+	return $last;
+}
+
+# Passes when the peer gets everything, and nobody has complained.
+sub mended
+{
+	my ($name) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	$alpha->wait_caught_up('beta') || diag($alpha->describe('beta'));
+	$alpha->same_rows($beta, 'item', name => $name);
+	is(query($alpha, 'SELECT count(*) FROM mmrepl.sync_err_rec'), '0', "$name: nothing waits");
+	is(query($beta, 'SELECT sum(conflicts) FROM mmrepl.progress'), '0', "$name: no conflict");
+	return;
+}
+
+$alpha->wait_caught_up('beta');
+
+section 'a crash before the seal' => sub {
+	my $fault = 'seal-built:wait:1';
+	my $begins = 'feed-reset:wait:1';
+
+	arm_fault($alpha, $fault);
+	stop_flushing();
+	my $id = insert();
+	ok(await_fault($alpha, $fault), 'it is to be sealed');
+	is(query($alpha, 'SELECT count(*) FROM mmrepl.sync_err_rec'), '1', 'until then it is kept here');
+	is($alpha->stat('beta', 'queue_transactions'), '0', 'though it does not count as waiting');
+	query($alpha, "UPDATE item SET n = n + 1 WHERE id = $id");
+	crash();
+	ok(!has($id), 'the peer has lost it');
+	arm_fault($alpha, $begins);
+	release_fault($alpha, $fault);
+	ok(await_fault($alpha, $begins), 'the worker begins again');
+	is($alpha->stat('beta', 'queue_transactions'), '2', 'what was lost counts again');
+	release_fault($alpha, $begins);
+	mended('it comes again');
+	disarm_faults($alpha);
+};
+
+section 'what is confirmed stays' => sub {
+	foreach my $round (1 .. 3)
+	{
+		stop_flushing();
+		query($alpha, 'INSERT INTO item VALUES (' . ++$last . ', 0)');
+		is(query($alpha, q{SELECT mmrepl.wait_for_replay('beta', '60 s')}), 't', 'confirmed');
+		$beta->close_to_peers;
+		crash();
+		ok(has($last), 'and there after a crash');
+		$beta->open_to_peers;
+		mended("round $round");
+	}
+};
+
+section 'what the peer has when it is greeted need not be flushed' => sub {
+	my $dies = 'worker-unsealed:fatal:1';
+	my $seals = 'seal-built:wait:1';
+
+	arm_fault($alpha, $dies);
+	stop_flushing();
+	my $id = insert();
+	ok(await_fault($alpha, $dies), 'the worker dies before the seal');
+	arm_fault($alpha, $seals);
+	ok(await_fault($alpha, $seals), 'the next one seals it');
+	is(query($alpha, 'SELECT count(*) FROM mmrepl.sync_err_rec'), '1', 'until then it is kept here');
+	crash();
+	ok(!has($id), 'the peer has lost it');
+	release_fault($alpha, $seals);
+	mended('it comes again');
+	disarm_faults($alpha);
+};
+
+section 'a pause seals' => sub {
+	stop_flushing();
+	my $id = insert();
+	query($alpha, q{SELECT mmrepl.pause('beta')});
+	$alpha->poll_state('beta', 'paused');
+	is(query($alpha, 'SELECT count(*) FROM mmrepl.sync_err_rec'), '0', 'nothing waits');
+	crash();
+	ok(has($id), 'it is there after a crash');
+	query($alpha, q{SELECT mmrepl.resume('beta')});
+	mended('after the pause');
+};
+
+section 'deal_sync_err_rec() seals' => sub {
+	my $fault = 'worker-unsealed:fatal:1';
+
+	arm_fault($alpha, $fault);
+	stop_flushing();
+	my $id = insert();
+	ok(await_fault($alpha, $fault), 'the worker dies before the seal');
+	query($alpha, q{SELECT mmrepl.pause('beta')});
+	disarm_faults($alpha);
+	is(query($alpha, 'SELECT mmrepl.deal_sync_err_rec(10)'), 't', 'it is dealt with by hand');
+	crash();
+	ok(has($id), 'it is there after a crash');
+	query($alpha, q{SELECT mmrepl.resume('beta')});
+	mended('after that');
+};
+
+section 'an older peer flushes every batch' => sub {
+	query(
+		$beta, q{
+		ALTER FUNCTION mmrepl.hello RENAME TO new_hello;
+		CREATE FUNCTION mmrepl.hello(uuid, int, int, OUT protocol int, OUT node uuid, OUT watermark bigint, OUT server_version int)
+		LANGUAGE sql AS 'SELECT 2, node, watermark, server_version FROM mmrepl.new_hello($1, $2, 2)'});
+	$beta->terminate_peers;
+	stop_flushing();
+	my $id = insert();
+	$beta->close_to_peers;
+	crash();
+	ok(has($id), 'it is there after a crash');
+	$beta->open_to_peers;
+	mended('after that');
+	query($beta, 'DROP FUNCTION mmrepl.hello; ALTER FUNCTION mmrepl.new_hello RENAME TO hello');
+};
+
+$_->stop('fast') foreach $alpha, $beta;
+done_testing();
