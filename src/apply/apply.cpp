@@ -528,17 +528,6 @@ ApplyBatch(const char *data, uint32 length)
 	return watermark;
 }
 
-/* Waits for nobody but a session that is just making the same row. */
-uint64
-Watermark(const pg_uuid_t &node, int32 stream)
-{
-	Progress progress;
-
-	ReadProgress(&progress, node, stream);
-	CloseProgress(&progress);
-	return progress.watermark;
-}
-
 #ifdef MMREPL_FAULT_POINTS
 void
 HitBeforeCommit()
@@ -570,34 +559,6 @@ SqlApply(FunctionCallInfo fcinfo)
 	bytea *bytes = PG_GETARG_BYTEA_PP(0);
 
 	PG_RETURN_INT64((int64) ApplyBatch(VARDATA_ANY(bytes), VARSIZE_ANY_EXHDR(bytes)));
-}
-
-/* The older of both protocols is spoken.  A standby refuses here rather than at the first batch. */
-Datum
-SqlHello(FunctionCallInfo fcinfo)
-{
-	pg_uuid_t *node = PG_GETARG_UUID_P(0);
-	int32 stream = PG_GETARG_INT32(1);
-	int32 protocol = PG_GETARG_INT32(2);
-	TupleDesc desc;
-	bool nulls[4] = {};
-
-	shmem::RequireReady();
-	PreventCommandIfReadOnly("mmrepl.hello()");
-	shmem::NotePeerSession();
-	if (protocol < 1)
-		ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-						errmsg("invalid protocol version: %d", protocol)));
-	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE || desc->natts != 4)
-		ereport(ERROR, (errcode(ERRCODE_DATATYPE_MISMATCH),
-						errmsg("mmrepl.hello() is not declared as this library expects"),
-						errhint("ALTER EXTENSION mmrepl_bgw UPDATE;")));
-	pg_uuid_t own = catalog::NodeId();
-	Datum values[4] = {Int32GetDatum(Min(protocol, batch::kProtocol)), UUIDPGetDatum(&own),
-					   Int64GetDatum((int64) Watermark(*node, stream)),
-					   Int32GetDatum(PG_VERSION_NUM)};
-
-	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
 }
 
 } // namespace mmrepl::apply

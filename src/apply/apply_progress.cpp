@@ -250,6 +250,17 @@ CloseProgress(Progress *progress)
 	table_close(progress->rel, NoLock);
 }
 
+/* Waits for nobody but a session that is just making the same row. */
+uint64
+Watermark(const pg_uuid_t &node, int32 stream)
+{
+	Progress progress;
+
+	ReadProgress(&progress, node, stream);
+	CloseProgress(&progress);
+	return progress.watermark;
+}
+
 /* ---- markers ---- */
 
 /* Of several transactions that insert the same marker exactly one commits with true. */
