@@ -20,18 +20,20 @@ constexpr uint64 kSweepEvery = 1000; /* inline transactions */
  * keeps it as long.
  */
 constexpr int64 kSealAfter = INT64CONST(100) * 1000;
+constexpr int64 kSealSoonAfter =
+	INT64CONST(20) * 1000; /* while somebody waits, and more is to be sent */
 
 /* ---- commits that are not flushed ---- */
 
+/* Whether something was unsealed so many microseconds ago. */
 static bool
-SealIsDue(const Feed *feed)
+UnsealedFor(const Feed *feed, int64 time)
 {
 	TimestampTz now = GetCurrentTimestamp();
 
 	/* Later than that it is only when the clock was set back. */
 	return feed->unsealed.since != 0 &&
-		   (now >= feed->unsealed.since + kSealAfter || now < feed->unsealed.since ||
-			queue::SomebodyWaits(*feed->shared));
+		   (now >= feed->unsealed.since + time || now < feed->unsealed.since);
 }
 
 TimestampTz
@@ -50,10 +52,13 @@ NoteUnsealed(Feed *feed, uint64 to)
 
 /* Late heads are removed when the peer has their rows for good; large ones take long anyway. */
 void
-Relax(Feed *feed, Shipment *shipment)
+Relax(Feed *feed, Shipment *shipment, bool full)
 {
+	bool hurry = queue::SomebodyWaits(*feed->shared);
+
 	if (!feed->relaxed_there || shipment->large || shipment->late != NIL ||
-		shipment->transactions == 0 || SealIsDue(feed) || queue::SomebodyWaits(*feed->shared))
+		shipment->transactions == 0 || (hurry && !full) ||
+		UnsealedFor(feed, hurry ? kSealSoonAfter : kSealAfter))
 		return;
 	shipment->relaxed = true;
 	delivery::SetRelaxed(&shipment->batch);
@@ -72,7 +77,8 @@ MakeEmpty(Feed *feed, Shipment *shipment)
 bool
 SealShipment(Feed *feed, Shipment *shipment)
 {
-	return SealIsDue(feed) && SealNow(feed, shipment);
+	return UnsealedFor(feed, queue::SomebodyWaits(*feed->shared) ? 0 : kSealAfter) &&
+		   SealNow(feed, shipment);
 }
 
 bool

@@ -218,13 +218,6 @@ MayGoAhead(const Session *session)
 		   before->turn && before->confirm_to > before->previous;
 }
 
-static bool
-IsFull(const Shipment *shipment, const Budget &budget)
-{
-	return shipment->transactions >= budget.transactions || shipment->changes >= budget.changes ||
-		   shipment->batch.buf.len >= budget.bytes;
-}
-
 void
 ChooseLane(Session *session, const Budget &budget)
 {

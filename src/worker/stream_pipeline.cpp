@@ -193,7 +193,7 @@ FillShipment(Session *session, Shipment *shipment, const Budget &budget)
 	if (!NextShipment(feed, shipment, budget))
 		return SweepShipment(feed, shipment) || SealShipment(feed, shipment);
 	if (!Narrowing(session))
-		Relax(feed, shipment);
+		Relax(feed, shipment, IsFull(shipment, budget));
 	return true;
 }
 

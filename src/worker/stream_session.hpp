@@ -126,6 +126,14 @@ Narrowing(const Session *session)
 	return session->failures > 0 || session->group_limit < guc::batch_transactions;
 }
 
+/* Whether the batch took as much as it may: more waits. */
+inline bool
+IsFull(const Shipment *shipment, const Budget &budget)
+{
+	return shipment->transactions >= budget.transactions || shipment->changes >= budget.changes ||
+		   shipment->batch.buf.len >= budget.bytes;
+}
+
 /* session.cpp: connection, ordering lock, failures */
 void Attend(Session *session);
 bool EnsureConnected(Session *session);

@@ -143,10 +143,10 @@ bool SweepShipment(Feed *feed, Shipment *shipment);
 
 /*
  * Let the peer commit the shipment, which was just filled, without a flush: it is
- * seen there, and answered, a flush earlier.  Not when somebody waits for its
- * confirmation, nor when the last flush was a while ago.
+ * seen there, and answered, a flush earlier.  Not when the last flush was a while
+ * ago, or somebody waits and this is, not being full, perhaps the last one.
  */
-void Relax(Feed *feed, Shipment *shipment);
+void Relax(Feed *feed, Shipment *shipment, bool full);
 
 /* When what is unsealed is to be sealed at the latest; 0: nothing is. */
 TimestampTz SealDueAt(const Feed *feed);
