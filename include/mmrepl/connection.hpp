@@ -86,8 +86,10 @@ struct Notes
 	int waits_socket;
 	int waits_at;		 /* place of the socket in it */
 	bool apply_prepared; /* delivery: the statements for BEGIN and apply() are prepared */
-	bool peer_known;	 /* delivery: peer_node was told by hello() */
+	uint64 opened_at;	 /* the ticket clock's last ticket when the connection stood */
+	bool peer_known;	 /* delivery: peer_node and protocol were told by hello() */
 	pg_uuid_t peer_node;
+	int protocol;
 	int lock_timeout; /* sync: ms, as set in the session; 0: none */
 	enum : char
 	{
@@ -115,6 +117,8 @@ PGconn *GetCached(Oid server, Oid owner, TimestampTz deadline, bool *fresh);
  * a transaction open: then that very connection is returned.
  */
 PGconn *TryCached(Oid server, Oid owner, TimestampTz deadline, bool *fresh, Failure *failure);
+/* The notes of the cached connection, dead or alive; NULL when there is none. */
+const Notes *NotesOfCached(Oid server, Oid owner);
 /* Close the cached connection (after a doubt); safe in abort and COMMIT callbacks. */
 void DropCached(Oid server, Oid owner);
 /*

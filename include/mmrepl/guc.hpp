@@ -39,6 +39,13 @@ enum class Flush : int
 	Commit
 };
 
+/* mmrepl.sync_commit: what COMMIT waits for at the peers of sync pairs. */
+enum class SyncCommit : int
+{
+	Flushed,
+	Applied /* committed there; the peer flushes it soon, or the worker brings it again */
+};
+
 extern int max_servers;			 /* streams that shared memory has room for */
 extern int max_peer_connections; /* of sessions, to a peer; 0: any number */
 extern int ring_size;			 /* kB of shared memory for each stream's ring */
@@ -60,6 +67,7 @@ extern int rotate_size;		  /* kB of a queue table at which the next one is taken
 extern QueueAction max_queue_action;
 extern TwoPhase two_phase;
 extern Flush sync_flush;
+extern SyncCommit sync_commit;
 extern Mode mode;
 extern bool capture; /* off: triggers capture nothing (superuser) */
 extern bool log_conflicts;

@@ -56,7 +56,7 @@ struct Outgoing
 	uint64 entry;			/* ring position of the entry + 1; 0: not in the ring */
 	uint64 counted_bytes;
 	bool copy;		/* resync()'s copy of the tables */
-	bool delivered; /* settled as being at the peer */
+	bool delivered; /* settled as being at the peer, flushed or not */
 };
 
 /* ---- writing ---- */
@@ -86,6 +86,7 @@ enum class Fate
 {
 	Committed,
 	Delivered, /* committed here and at the peer */
+	Applied,   /* the same, but the peer may not have flushed it */
 	Aborted,
 	Prepared
 };
@@ -261,6 +262,7 @@ enum class EntryState : uint32
 	Pending,
 	Committed,
 	Delivered,
+	Applied, /* a crash of the peer may have undone it there */
 	Aborted
 };
 
@@ -287,15 +289,28 @@ void ConfirmLate(shmem::Stream &stream, uint32 ended);
 /* The database's COMMIT PREPARED commands; ordered after the reads before it. */
 shmem::LateWord ReadLate(const shmem::Database &database);
 
-/* All that was committed here on a stream when it was taken: a ticket and late work. */
+/* opened_at of who has no connection to the peer. */
+constexpr uint64 kNoConnection = PG_UINT64_MAX;
+
+/*
+ * All that was committed here on a stream when it was taken: a ticket and late work.
+ * It is reached when that is at the peer: for good, or as long as a connection lives
+ * that was opened when opened_at was the last ticket (connection::Notes).  What was
+ * applied under a later ticket was applied while that connection lived; it has seen
+ * no crash of the peer since, and what it executes stands behind it in the peer's WAL.
+ */
 struct Goal
 {
 	uint64 ticket;
 	uint32 late;
+	uint64 opened_at; /* kNoConnection: for good */
 };
 
-/* Whether something that the worker has to deliver is not confirmed. */
-bool HasQueued(const shmem::Stream &stream);
+/* Whether the worker has to confirm something before the goal is reached. */
+bool NeedsWorker(const shmem::Stream &stream, const Goal &goal);
+
+/* Whether all that was applied is flushed at the peer as well. */
+bool AllFlushed(const shmem::Stream &stream);
 
 /*
  * Up to which ticket everything committed is at the peer; what the worker has not
@@ -303,13 +318,17 @@ bool HasQueued(const shmem::Stream &stream);
  */
 uint64 Confirmed(const shmem::Stream &stream);
 
+/* For good. */
 Goal CurrentGoal(const shmem::Stream &stream);
 bool Reached(const shmem::Stream &stream, const Goal &goal);
 
-/* Whether a session is in WaitConfirmed(); a hint. */
+/* Whether a session waits for something to be confirmed; a hint. */
 bool SomebodyWaits(const shmem::Stream &stream);
 
-/* Wait until the goal is reached; false at the deadline. Interruptible. */
+/*
+ * Wait until the goal is reached; false at the deadline. Interruptible.  Wakes the
+ * worker when it is the worker that is waited for.
+ */
 bool WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline);
 /* New tickets are greater than this one (a peer has it from before a restore of ours). */
 void RaiseClock(uint64 ticket);

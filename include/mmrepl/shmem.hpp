@@ -105,11 +105,12 @@ struct Stream
 	pg_uuid_t peer_node;
 
 	/* Order. last_ticket is guarded by the clock spinlock. */
-	uint64 last_ticket;			  /* last ticket drawn for this stream */
-	pg_atomic_uint64 confirmed;	  /* all committed work with ticket <= this is at the peer */
-	pg_atomic_uint64 last_queued; /* newest ticket that the worker has, or may have, to deliver */
-	pg_atomic_uint64 acked;		  /* watermark that the peer has reported */
-	pg_atomic_uint64 discarded;	  /* not to be delivered up to here; see kNeedsResync */
+	uint64 last_ticket;			   /* last ticket drawn for this stream */
+	pg_atomic_uint64 confirmed;	   /* all committed work with ticket <= this is at the peer */
+	pg_atomic_uint64 last_queued;  /* newest ticket that the worker has, or may have, to deliver */
+	pg_atomic_uint64 last_applied; /* newest ticket that a session applied, not flushed there */
+	pg_atomic_uint64 acked;		   /* watermark that the peer has reported */
+	pg_atomic_uint64 discarded;	   /* not to be delivered up to here; see kNeedsResync */
 	pg_atomic_uint32 late_confirmed; /* late work up to this LateWord::Ended() is there, too */
 	pg_atomic_uint64 ring_gap;		 /* tickets <= this may be missing in the ring */
 
@@ -165,6 +166,7 @@ struct Stream
 	/* Made once; somebody may still wait for the slot's former use. */
 	slock_t mutex;
 	ConditionVariable confirmed_cv; /* broadcast when confirmed grows */
+	ConditionVariable settled_cv;	/* broadcast when a ticket is no longer in flight */
 };
 
 /*

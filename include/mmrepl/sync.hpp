@@ -51,6 +51,9 @@ struct Work
 	char gid[kGidLength]; /* set before it is prepared */
 	int64 end_until;	  /* BeginCommit() or BeginAbort() has sent it: how long to wait; 0: not */
 	bool cancelled;		  /* the user did not want to wait for the peer's commit */
+	bool relaxed;		  /* its COMMIT at the peer will not wait until that has flushed it */
+	uint64 only_serial;	  /* the next flush is for this connection alone; 0: for any */
+	bool stale;			  /* the last flush was not: it is to be made sure, and tried, again */
 };
 
 /*
@@ -76,6 +79,10 @@ Work *Start(int32 stream, Oid server, Oid owner, const char *server_name);
  * is lost, the work is broken and the caller must raise.
  * Bounded by mmrepl.sync_timeout; a cancel is answered at once, and leaves the
  * cached connection clean or closed; EndAbandoned() ends the peer's session.
+ *
+ * If work->only_serial names a connection and a remote transaction would have to be
+ * begun on another one, it is not: false, with work->stale.  The caller sees to it
+ * that it may be, sets only_serial anew, and flushes again.
  */
 bool Flush(Work *work, change::Segment *first, int64 changes, uint64 xid, int nest_level,
 		   connection::Failure *failure);
@@ -132,7 +139,8 @@ void Prepare(Work *const *works, int count, uint64 xid);
 /*
  * From the COMMIT callback: COMMIT or COMMIT PREPARED at the peer, quiet.  First
  * it is sent to every peer, then each answer is awaited, all of them within one
- * bound.  True when confirmed.  When the wait was cancelled it is not, and
+ * bound.  True when confirmed; what the peer may not have flushed yet was
+ * work->relaxed before.  When the wait was cancelled it is not, and
  * work->cancelled says so: somebody has to tell the user.
  */
 void BeginCommit(Work *work);

@@ -148,9 +148,8 @@ SayThatClocksDiffer(const Header &header, uint64 ahead)
 
 /*
  * The peer's clock: our later tickets are greater than what we have seen of it.  Not
- * if it is too far ahead: nothing would bring our tickets back to the time of day, and
- * our peers would take the time over from us.  What depends on each other is ordered
- * by this node's own clock.
+ * if it is too far ahead: nothing would bring our tickets back to the time of day, and our
+ * peers would follow.  What depends on each other is ordered by this node's own clock.
  */
 static void
 FollowClock(const Header &header)
@@ -355,12 +354,10 @@ CheckPrevious(const Header &header, uint64 watermark)
 }
 
 /*
- * The stream's row is locked before anything is looked at: a session that still
- * executes an earlier attempt holds it, we wait for its end and see what it has
- * left to do.  A batch that is executed ahead locks it later.  The lock is written,
- * so the commit of a batch that has nothing to do is flushed as well, and all
- * that was committed before it.  Returns the watermark that the batch finds, or
- * will find.
+ * The stream's row is locked first: a session that still executes an earlier attempt
+ * holds it, we wait for its end and see what it has left to do.  One that is ahead locks
+ * it later.  The lock is written, so the commit of a batch that has nothing to do is
+ * flushed as well, with all before it.  Returns the watermark that is or will be found.
  */
 static uint64
 EnterStream(Session *session)

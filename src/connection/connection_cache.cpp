@@ -228,15 +228,29 @@ GetCached(Oid server, Oid owner, TimestampTz deadline, bool *fresh)
 	return conn;
 }
 
+/* The entry if there is one; raises nothing and allocates nothing. */
+static Entry *
+FindEntry(Oid server, Oid owner)
+{
+	Key key = {server, owner};
+
+	return cache == NULL ? NULL : (Entry *) hash_search(cache, &key, HASH_FIND, NULL);
+}
+
+const Notes *
+NotesOfCached(Oid server, Oid owner)
+{
+	const Entry *entry = FindEntry(server, owner);
+
+	return entry == NULL || entry->conn == NULL ? NULL : NotesOf(entry->conn);
+}
+
 /* Close the cached connection if there is one; raises nothing and allocates nothing. */
 void
 DropCached(Oid server, Oid owner)
 {
-	Key key = {server, owner};
-	Entry *entry = NULL;
+	Entry *entry = FindEntry(server, owner);
 
-	if (cache != NULL)
-		entry = (Entry *) hash_search(cache, &key, HASH_FIND, NULL);
 	if (entry != NULL)
 		CloseEntry(entry);
 }
@@ -245,11 +259,8 @@ DropCached(Oid server, Oid owner)
 void
 DoomCached(Oid server, Oid owner, bool only_waiting)
 {
-	Key key = {server, owner};
-	Entry *entry = NULL;
+	Entry *entry = FindEntry(server, owner);
 
-	if (cache != NULL)
-		entry = (Entry *) hash_search(cache, &key, HASH_FIND, NULL);
 	if (entry == NULL || entry->conn == NULL)
 		return;
 	Doom({entry->conn, only_waiting, entry->place});

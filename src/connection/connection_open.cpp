@@ -8,6 +8,8 @@
  */
 #include "connection_internal.hpp"
 
+#include "mmrepl/fault.hpp"
+
 namespace mmrepl::connection
 {
 
@@ -206,13 +208,30 @@ CloseAll(int, Datum)
 		Close(opened->conn);
 }
 
+/* The last ticket that was drawn; a server without the library preloaded draws none. */
+static uint64
+LastTicket()
+{
+	uint64 last = 0;
+
+	if (shmem::Ready())
+	{
+		SpinLockAcquire(&shmem::Get().clock_mutex);
+		last = shmem::Get().last_ticket;
+		SpinLockRelease(&shmem::Get().clock_mutex);
+	}
+	return last;
+}
+
 /* A connection that is ready for use; NULL with *failure filled when it cannot be had. */
 PGconn *
 Open(const Target *target, TimestampTz deadline, Failure *failure)
 {
-	PGconn *conn = StartConnecting(target, failure);
+	PGconn *conn;
 	bool ready = false;
 
+	MMREPL_FAULT_POINT("connection-opening");
+	conn = StartConnecting(target, failure);
 	if (conn == NULL)
 		return NULL;
 	Guarded(
@@ -227,6 +246,9 @@ Open(const Target *target, TimestampTz deadline, Failure *failure)
 		Close(conn);
 		return NULL;
 	}
+
+	/* Not before: what is applied under a later ticket has to find the peer that we found. */
+	NotesOf(conn)->opened_at = LastTicket();
 	ereport(DEBUG3, (errmsg_internal("mmrepl: connected to server \"%s\"", target->server_name)));
 	return conn;
 }

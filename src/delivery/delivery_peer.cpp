@@ -159,6 +159,7 @@ TryHello(PGconn *conn, const pg_uuid_t &node, int32 stream, TimestampTz deadline
 	if (notes != NULL)
 	{
 		notes->peer_node = peer->node;
+		notes->protocol = peer->protocol;
 		notes->peer_known = true;
 	}
 	return true;

@@ -29,6 +29,7 @@ int rotate_size = 65536;
 QueueAction max_queue_action = QueueAction::Resync;
 TwoPhase two_phase = TwoPhase::Off;
 Flush sync_flush = Flush::Statement;
+SyncCommit sync_commit = SyncCommit::Flushed;
 Mode mode = Mode::Pair;
 bool capture = true;
 bool log_conflicts = true;
@@ -56,6 +57,12 @@ static const struct config_enum_entry queue_action_options[] = {
 static const struct config_enum_entry flush_options[] = {
 	{"statement", (int) Flush::Statement, false},
 	{"commit", (int) Flush::Commit, false},
+	{NULL, 0, false},
+};
+
+static const struct config_enum_entry sync_commit_options[] = {
+	{"flushed", (int) SyncCommit::Flushed, false},
+	{"applied", (int) SyncCommit::Applied, false},
 	{NULL, 0, false},
 };
 
@@ -154,6 +161,13 @@ DefineSessionSettings()
 							 "prepares before and commits after it, if it allows prepared "
 							 "transactions. 'on': the same, and an error if it does not.",
 							 (int *) &two_phase, (int) TwoPhase::Off, two_phase_options,
+							 PGC_USERSET, 0, NULL, NULL, NULL);
+	DefineCustomEnumVariable("mmrepl.sync_commit",
+							 "What COMMIT waits for at the peers of sync pairs.",
+							 "'flushed': that the peer has written it to disk. 'applied': that it "
+							 "is committed and visible there; should the peer crash before it is "
+							 "on disk, it is delivered again.",
+							 (int *) &sync_commit, (int) SyncCommit::Flushed, sync_commit_options,
 							 PGC_USERSET, 0, NULL, NULL, NULL);
 	DefineCustomEnumVariable("mmrepl.sync_flush", "When changes of sync pairs travel.", NULL,
 							 (int *) &sync_flush, (int) Flush::Statement, flush_options,

@@ -70,16 +70,42 @@ ConfirmLate(shmem::Stream &stream, uint32 ended)
 Goal
 CurrentGoal(const shmem::Stream &stream)
 {
-	return {LastTicket(stream), ReadLate(shmem::DatabaseOf(MyDatabaseId)).Expected()};
+	return {LastTicket(stream), ReadLate(shmem::DatabaseOf(MyDatabaseId)).Expected(),
+			kNoConnection};
+}
+
+static uint64
+ConfirmedUpTo(const shmem::Stream &stream)
+{
+	pg_read_barrier();
+	return pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.confirmed));
+}
+
+static uint64
+LastApplied(const shmem::Stream &stream)
+{
+	return pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.last_applied));
+}
+
+/*
+ * Whether something is not confirmed that has to be: what the worker has to deliver,
+ * or what was applied at a time that no connection of ours vouches for.
+ */
+static bool
+HasUnconfirmed(const shmem::Stream &stream, uint64 opened_at)
+{
+	uint64 queued = pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.last_queued));
+	uint64 applied = LastApplied(stream);
+
+	return ConfirmedUpTo(stream) < Max(queued, Min(applied, opened_at));
 }
 
 bool
-HasQueued(const shmem::Stream &stream)
+AllFlushed(const shmem::Stream &stream)
 {
-	uint64 queued = pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.last_queued));
+	uint64 applied = LastApplied(stream);
 
-	pg_read_barrier();
-	return pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.confirmed)) < queued;
+	return ConfirmedUpTo(stream) >= applied;
 }
 
 /*
@@ -88,7 +114,7 @@ HasQueued(const shmem::Stream &stream)
  * worker may be away while inline transactions come and go.)
  */
 static bool
-TicketReached(const shmem::Stream &stream, uint64 ticket)
+TicketReached(const shmem::Stream &stream, uint64 ticket, uint64 opened_at)
 {
 	int slot = (int) (&stream - shmem::Get().streams);
 
@@ -96,25 +122,39 @@ TicketReached(const shmem::Stream &stream, uint64 ticket)
 		return true;
 	if (ResolvedBelow(stream, slot) <= ticket)
 		return false;
-	return !HasQueued(stream);
+	return !HasUnconfirmed(stream, opened_at);
 }
 
 uint64
 Confirmed(const shmem::Stream &stream)
 {
 	uint64 last = LastTicket(stream);
-	bool all = TicketReached(stream, last);
+	bool all = TicketReached(stream, last, kNoConnection);
 	uint64 passed = pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.confirmed));
 
 	return all ? Max(last, passed) : passed;
 }
 
-bool
-Reached(const shmem::Stream &stream, const Goal &goal)
+static bool
+LateReached(const shmem::Stream &stream, const Goal &goal)
 {
 	uint32 late = pg_atomic_read_u32(const_cast<pg_atomic_uint32 *>(&stream.late_confirmed));
 
-	return (int32) (late - goal.late) >= 0 && TicketReached(stream, goal.ticket);
+	return (int32) (late - goal.late) >= 0;
+}
+
+bool
+Reached(const shmem::Stream &stream, const Goal &goal)
+{
+	return LateReached(stream, goal) && TicketReached(stream, goal.ticket, goal.opened_at);
+}
+
+bool
+NeedsWorker(const shmem::Stream &stream, const Goal &goal)
+{
+	if (!LateReached(stream, goal))
+		return true;
+	return ConfirmedUpTo(stream) < goal.ticket && HasUnconfirmed(stream, goal.opened_at);
 }
 
 bool
@@ -123,21 +163,35 @@ SomebodyWaits(const shmem::Stream &stream)
 	return !proclist_is_empty(const_cast<proclist_head *>(&stream.confirmed_cv.wakeup));
 }
 
+/*
+ * Sleep until something has happened that the goal needs.  Those who wait for nothing
+ * but the end of transactions here do not stand with those for whom the worker hurries.
+ * (The first sleep on another variable than the one before returns at once: the worker,
+ * which may have left the peer's flush for later, is woken again when we stand there.)
+ */
+static void
+AwaitStep(shmem::Stream &stream, const Goal &goal, long timeout)
+{
+	bool for_worker = NeedsWorker(stream, goal);
+
+	if (for_worker)
+		shmem::WakeWorker(stream);
+	ConditionVariableTimedSleep(for_worker ? &stream.confirmed_cv : &stream.settled_cv, timeout,
+								PG_WAIT_EXTENSION);
+}
+
 bool
 WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline)
 {
 	bool reached;
 
-	ConditionVariablePrepareToSleep(&stream.confirmed_cv);
 	while (!(reached = Reached(stream, goal)))
 	{
 		long left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), deadline);
 
-		/* It may have left the peer's flush for later. */
-		shmem::WakeWorker(stream);
 		if (left <= 0 || pg_atomic_read_u64(&stream.discarded) == shmem::kNeedsResync)
 			break;
-		ConditionVariableTimedSleep(&stream.confirmed_cv, Min(left, 60000L), PG_WAIT_EXTENSION);
+		AwaitStep(stream, goal, Min(left, 60000L));
 	}
 	ConditionVariableCancelSleep();
 	return reached;

@@ -171,18 +171,36 @@ NoteDoubt(shmem::Stream &stream, uint64 ticket)
 	AtomicMax(&stream.doubt_to, ticket);
 }
 
+/* What the fate means for the ring's consumer. */
+static EntryState
+StateFor(Fate fate)
+{
+	switch (fate)
+	{
+		case Fate::Committed:
+			return EntryState::Committed;
+		case Fate::Delivered:
+			return EntryState::Delivered;
+		case Fate::Applied:
+			return EntryState::Applied;
+		default:
+			return EntryState::Aborted;
+	}
+}
+
 void
 Settle(Outgoing *out, uint64 ticket, Fate fate)
 {
-	if (fate == Fate::Committed || fate == Fate::Delivered)
+	EntryState state = StateFor(fate);
+
+	if (state != EntryState::Aborted)
 		AtomicMax(&shmem::Get().commit_lsn, XactLastCommitEnd);
 	if (out->slot < 0)
 		return;
 	shmem::Stream &stream = shmem::Get().streams[out->slot];
-	EntryState state = fate == Fate::Committed	 ? EntryState::Committed
-					   : fate == Fate::Delivered ? EntryState::Delivered
-												 : EntryState::Aborted;
 
+	if (fate == Fate::Applied) /* before the ticket is no longer in flight */
+		AtomicMax(&stream.last_applied, ticket);
 	if (fate == Fate::Committed)
 	{
 		if (out->flags & kInlined)
@@ -193,7 +211,7 @@ Settle(Outgoing *out, uint64 ticket, Fate fate)
 		if (!(out->flags & kTombstone))
 			CountQueued(stream, out, ticket);
 	}
-	out->delivered = fate == Fate::Delivered;
+	out->delivered = fate == Fate::Delivered || fate == Fate::Applied;
 	if (out->entry != 0)
 	{
 		pg_write_barrier();
@@ -226,7 +244,7 @@ WantsWake(shmem::Stream &stream, const Outgoing *out)
 	return looks_at != shmem::kHeedless && !out->delivered;
 }
 
-/* Wake who waits for the part's settlement. */
+/* Wake who waits for the part's settlement: the worker, and sessions at the fence. */
 static void
 WakeFor(const Outgoing *out)
 {
@@ -240,8 +258,7 @@ WakeFor(const Outgoing *out)
 
 	if (WantsWake(stream, out))
 		shmem::WakeWorker(stream);
-	if (out->flags & kInlined) /* sync sessions at the fence wait for that, too */
-		ConditionVariableBroadcast(&stream.confirmed_cv);
+	ConditionVariableBroadcast(&stream.settled_cv);
 }
 
 void
@@ -257,6 +274,9 @@ SettleTicket(Outgoing **parts, int n_parts)
 	pg_memory_barrier(); /* the worker looks at the ring after it has cleared looks_at */
 	for (int i = 0; i < n_parts; i++)
 		WakeFor(parts[i]);
+	if (pg_atomic_read_u32(&shmem::MySlot().everyone)) /* others took it for theirs, too */
+		for (int i = 0; i < guc::max_servers; i++)
+			ConditionVariableBroadcast(&shmem::Get().streams[i].settled_cv);
 }
 
 uint64

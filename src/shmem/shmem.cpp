@@ -70,6 +70,7 @@ InitStream(Stream *stream)
 	memset(stream, 0, sizeof(*stream));
 	SpinLockInit(&stream->mutex);
 	ConditionVariableInit(&stream->confirmed_cv);
+	ConditionVariableInit(&stream->settled_cv);
 }
 
 static void

@@ -72,6 +72,7 @@ Reset(Work *work)
 	work->serial = 0;
 	work->phase = Phase::Open;
 	work->end_until = 0;
+	work->relaxed = false;
 }
 
 /*

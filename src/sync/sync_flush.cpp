@@ -137,7 +137,7 @@ ConverseSafely(const Request &request, Segment *first, bool *fresh)
 	Guarded([&] { outcome = Converse(request, first, fresh); }, [&] { Abandon(work, kept); });
 	if (outcome == Outcome::Lost)
 		Abandon(work, kept);
-	else if (outcome == Outcome::Refused && !work->begun)
+	else if (outcome == Outcome::Stale || (outcome == Outcome::Refused && !work->begun))
 		Reset(work);
 	else if (outcome == Outcome::Refused)
 	{
@@ -224,6 +224,14 @@ Start(int32 stream, Oid server, Oid owner, const char *server_name)
 	return work;
 }
 
+/* Whether the COMMIT at the peer need not wait until it is flushed there. */
+static bool
+MayRelax(const connection::Notes *notes)
+{
+	return guc::sync_commit == guc::SyncCommit::Applied && guc::two_phase != guc::TwoPhase::On &&
+		   notes->protocol >= batch::kRelaxedProtocol;
+}
+
 /* Get a connection that is ready for BEGIN; see the private header. */
 Outcome
 Reach(const Request &request, bool *fresh)
@@ -236,6 +244,8 @@ Reach(const Request &request, bool *fresh)
 	if (work->conn == NULL)
 		return Outcome::Lost;
 	notes = connection::NotesOf(work->conn);
+	if (work->only_serial != 0 && work->only_serial != notes->serial)
+		return Outcome::Stale;
 	work->serial = notes->serial;
 	outcome = Introduce(request, notes);
 	if (outcome == Outcome::Done)
@@ -246,6 +256,7 @@ Reach(const Request &request, bool *fresh)
 
 		outcome = RequireTwoPhase(request, &allowed);
 	}
+	work->relaxed = MayRelax(notes);
 	MMREPL_FAULT_POINT("sync-reached");
 	return outcome;
 }
@@ -346,7 +357,8 @@ Flush(Work *work, Segment *first, int64 changes, uint64 xid, int nest_level, Fai
 
 	if (outcome == Outcome::Refused)
 		RaiseRefusal(work, failure, psprintf("apply of " INT64_FORMAT " changes", changes));
-	if (outcome == Outcome::Lost)
+	work->stale = outcome == Outcome::Stale;
+	if (outcome != Outcome::Done)
 		return false;
 	for (Segment *segment = unsent; segment != NULL; segment = segment->next)
 		segment->sent = true;
@@ -374,13 +386,31 @@ RequireThere(Work *work)
 }
 
 /*
+ * What the peer has to do before its COMMIT, NULL if nothing: check what waits for that,
+ * and flush it after all if the user has asked for it since the transaction began there.
+ */
+static const char *
+CommandBeforeCommit(Work *work)
+{
+	constexpr const char *kCheck = "SET CONSTRAINTS ALL IMMEDIATE";
+	constexpr const char *kFlush = "SET LOCAL synchronous_commit = on";
+	bool flush = work->relaxed && guc::sync_commit == guc::SyncCommit::Flushed;
+
+	if (flush)
+		work->relaxed = false;
+	if (flush && work->may_defer)
+		return psprintf("%s; %s", kCheck, kFlush);
+	return flush ? kFlush : work->may_defer ? kCheck : NULL;
+}
+
+/*
  * Let the peer check its deferred constraints now, if apply() has said that there
  * may be some; raises as Flush does.
  */
 void
 BeforeCommit(Work *work)
 {
-	constexpr const char *kCommand = "SET CONSTRAINTS ALL IMMEDIATE";
+	const char *command;
 	TimestampTz deadline = connection::DeadlineIn(guc::sync_timeout);
 	Failure failure;
 	PGresult *res = NULL;
@@ -389,10 +419,11 @@ BeforeCommit(Work *work)
 	if (!work->begun)
 		return;
 	RequireThere(work);
-	if (!work->may_defer)
+	command = CommandBeforeCommit(work);
+	if (command == NULL)
 		return;
 	MMREPL_FAULT_POINT("sync-before-check");
-	Guarded([&] { res = connection::TryExec(work->conn, kCommand, 0, NULL, deadline, &failure); },
+	Guarded([&] { res = connection::TryExec(work->conn, command, 0, NULL, deadline, &failure); },
 			[&] { Abandon(work, work->parts); });
 	PQclear(res);
 	if (res != NULL)
@@ -404,7 +435,7 @@ BeforeCommit(Work *work)
 		Abandon(work, work->parts);
 	else
 		work->broken = true;
-	RaiseRefusal(work, &failure, kCommand);
+	RaiseRefusal(work, &failure, command);
 }
 
 } // namespace mmrepl::sync

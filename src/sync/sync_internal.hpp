@@ -14,6 +14,7 @@ enum class Outcome
 {
 	Done,
 	Refused, /* the peer raised an error; the session is there */
+	Stale,	 /* another connection than the one asked for: nothing was sent over it */
 	Lost	 /* the session is gone, or silent until the deadline */
 };
 

@@ -73,7 +73,8 @@ QueueBatch(Pipeline *pipeline, const Segment *first, const Segment *end)
 	if (!pipeline->sent)
 		return;
 	header.flags = batch::kInline | (pipeline->parts == 0 ? batch::kFirst : 0) |
-				   (end != NULL || request->work->goes_on ? batch::kMore : 0);
+				   (end != NULL || request->work->goes_on ? batch::kMore : 0) |
+				   (request->work->relaxed ? batch::kRelaxed : 0);
 	header.node = catalog::NodeId();
 	header.stream = request->work->stream;
 	header.clock = ClockNow();

@@ -256,6 +256,7 @@ Prepare(Work *const *works, int count, uint64 xid)
 	for (int i = 0; i < count; i++)
 	{
 		RequireUsable(works[i]);
+		works[i]->relaxed = false; /* neither this command nor COMMIT PREPARED is */
 		FormatGid(works[i]->gid, catalog::NodeId(), works[i]->stream, xid);
 	}
 	Guarded(

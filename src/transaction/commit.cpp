@@ -219,12 +219,15 @@ EndInline(Work *work)
 		return queue::Fate::Committed;
 	}
 	MMREPL_CRASH_POINT("commit-before-peer");
+	bool relaxed = work->inlined->relaxed;
 	bool delivered = sync::Commit(work->inlined);
 
 	work->recover = !delivered && (work->out.flags & queue::kTwoPhase);
 	MMREPL_CRASH_POINT("commit-after-peer");
 	CountSync(work, delivered);
-	return delivered ? queue::Fate::Delivered : queue::Fate::Committed;
+	if (!delivered)
+		return queue::Fate::Committed;
+	return relaxed ? queue::Fate::Applied : queue::Fate::Delivered;
 }
 
 /* Tell every peer what becomes of it, before any answer is awaited. */

@@ -8,6 +8,11 @@
  * here waits, at the peer, for a session that waits at the fence there.  No
  * node's deadlock detector sees that, so such a wait has the bound of lock waits
  * across nodes, and the node with the higher id waits twice as long as ever.
+ *
+ * What was applied and may not be flushed at the peer is lost there if the peer
+ * crashes, until the worker brings it again.  A connection that was open when it was
+ * applied ends in that crash: whoever executes over it finds what was applied, or
+ * executes nothing.  So the fence may be passed for that connection alone.
  */
 #include "transaction_internal.hpp"
 
@@ -134,36 +139,65 @@ AwaitGoal(shmem::Stream &stream, const queue::Goal &goal, int bound, bool *locke
 	}
 }
 
+/* The fence as of now, and what it rests on: a connection, or (NULL) none. */
+struct Sight
+{
+	queue::Goal goal;
+	const connection::Notes *notes;
+};
+
+static Sight
+LookAt(const Work *work, const shmem::Stream &stream, bool for_good)
+{
+	Sight sight = {queue::CurrentGoal(stream), NULL};
+
+	if (!for_good)
+		sight.notes = connection::NotesOfCached(work->route.server, work->route.owner);
+	if (sight.notes != NULL)
+		sight.goal.opened_at = sight.notes->opened_at;
+	return sight;
+}
+
+/* It is passed: by whoever, or over the one connection that it rests on. */
+static bool
+Passed(Work *work, const shmem::Stream &stream, uint64 serial)
+{
+	work->inlined->only_serial = queue::AllFlushed(stream) ? 0 : serial;
+	return true;
+}
+
 /*
  * The fence: all that was committed here on the stream before now must be at the
  * peer.  False, with the reason, when it is not and waiting is of no use or took
  * too long.
  */
 bool
-PassFence(Work *work, connection::Failure *failure)
+PassFence(Work *work, bool for_good, connection::Failure *failure)
 {
+	work->inlined->only_serial = 0;
 	if (catalog::MadeHere(work->route.stream))
 		return true;
 
 	shmem::Stream &stream = SharedStream(work);
-	queue::Goal goal = queue::CurrentGoal(stream);
+	Sight sight = LookAt(work, stream, for_good);
+	uint64 serial = sight.notes != NULL ? sight.notes->serial : 0; /* the notes may go */
 
 	if (queue::NeedsResync(work->route.stream))
 		return FailForResync(work, failure);
-	if (queue::Reached(stream, goal))
-		return true;
+	if (queue::Reached(stream, sight.goal))
+		return Passed(work, stream, serial);
 	SpinLockAcquire(&stream.mutex);
 	shmem::WorkerState state = stream.paused ? shmem::WorkerState::Paused : stream.state;
 	bool stuck = stream.paused || state == shmem::WorkerState::Retrying ||
 				 state == shmem::WorkerState::Blocked;
 	SpinLockRelease(&stream.mutex);
 
-	shmem::WakeWorker(stream);
 	int bound = DeadlockBound(stream);
 	bool locked = false;
 
-	if (!(stuck && queue::HasQueued(stream)) && AwaitGoal(stream, goal, bound, &locked))
-		return true;
+	if (!(stuck && queue::NeedsWorker(stream, sight.goal)) &&
+		AwaitGoal(stream, sight.goal, bound, &locked))
+		return Passed(work, stream, serial);
 	if (queue::NeedsResync(work->route.stream)) /* by now */
 		return FailForResync(work, failure);
 	return locked ? FailForDeadlock(bound, failure) : FailForTime(state, failure);
@@ -173,14 +207,20 @@ bool
 FenceIsOpen(Work *work)
 {
 	if (catalog::MadeHere(work->route.stream))
+	{
+		work->inlined->only_serial = 0;
 		return true;
+	}
 	shmem::Stream &stream = SharedStream(work);
 
 	if (queue::NeedsResync(work->route.stream))
 		return false;
-	if (queue::Reached(stream, queue::CurrentGoal(stream)))
-		return true;
-	shmem::WakeWorker(stream);
+	Sight sight = LookAt(work, stream, false);
+
+	if (queue::Reached(stream, sight.goal))
+		return Passed(work, stream, sight.notes != NULL ? sight.notes->serial : 0);
+	if (queue::NeedsWorker(stream, sight.goal))
+		shmem::WakeWorker(stream);
 	return false;
 }
 

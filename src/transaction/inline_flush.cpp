@@ -84,19 +84,33 @@ EnsureInlined(Work *work)
 		});
 }
 
-/* The answers to what was posted; false when the peer was lost meanwhile. */
+/*
+ * The answers to what was posted; false when the peer was lost meanwhile.  If it was
+ * lost with a connection that it was meant for, all is as if nothing had been posted.
+ */
 static bool
 Collect(Work *work, connection::Failure *failure)
 {
 	change::Segment *last = sync::LastPosted(work->inlined);
 
-	return last == NULL || FlushTo(work, last, 1, false, failure);
+	work->inlined->stale = false;
+	return last == NULL || FlushTo(work, last, 1, false, failure) || work->inlined->stale;
+}
+
+/* Each unsent part at the level of its own subtransaction. */
+static bool
+FlushAll(Work *work, bool goes_on, connection::Failure *failure)
+{
+	return FlushBefore(work, work->marks, failure) &&
+		   FlushTo(work, work->last, work->marks != NULL ? work->marks->level : 1, goes_on,
+				   failure);
 }
 
 /*
- * What the peer has not been sent yet, each part at the level of its own subtransaction.
- * The fence is waited for once in a flush: of several peers, all pass theirs before
- * anything is sent.  What it said then holds for this flush alone, used or not.
+ * What the peer has not been sent yet.  The fence is waited for once in a flush: of
+ * several peers, all pass theirs before anything is sent.  What it said then holds for
+ * this flush alone, used or not.  Once more only if it was passed for a connection that
+ * turns out dead: then for good, since nobody knows what the peer has lost.
  */
 static bool
 SendRest(Work *work, bool goes_on, connection::Failure *failure)
@@ -111,10 +125,16 @@ SendRest(Work *work, bool goes_on, connection::Failure *failure)
 		*failure = work->fence_failure;
 		return false;
 	}
-	return (work->inlined->posted != NULL || fence == Fence::Passed || PassFence(work, failure)) &&
-		   FlushBefore(work, work->marks, failure) &&
-		   FlushTo(work, work->last, work->marks != NULL ? work->marks->level : 1, goes_on,
-				   failure);
+	if (!work->inlined->stale)
+	{
+		if (work->inlined->posted == NULL && fence != Fence::Passed &&
+			!PassFence(work, false, failure))
+			return false;
+		if (FlushAll(work, goes_on, failure))
+			return true;
+	}
+	return work->inlined->stale && PassFence(work, true, failure) &&
+		   FlushAll(work, goes_on, failure);
 }
 
 /* Take the answers to what was posted, then with `all` send the rest and wait for it as well. */
@@ -223,7 +243,7 @@ PostWork(Work *work)
 		return true;
 	if (work->inlined->posted != NULL && !FenceIsOpen(work))
 		return true;
-	work->fence = PassFence(work, &work->fence_failure) ? Fence::Passed : Fence::Closed;
+	work->fence = PassFence(work, false, &work->fence_failure) ? Fence::Passed : Fence::Closed;
 	if (work->fence == Fence::Passed)
 		PostRest(work, mark != NULL ? mark->level : 1);
 	return work->fence == Fence::Passed;

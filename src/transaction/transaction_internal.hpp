@@ -152,12 +152,15 @@ void FlushWork(Work *work, bool goes_on);
 
 /*
  * The fence: all that was committed here on the stream before now must be at the
- * peer.  False, with the reason, when it is not and waiting is of no use, took too
- * long, or may be a deadlock across nodes.
+ * peer, when the next flush or post begins there.  What the peer may lose in a crash
+ * counts if the session's connection was there when it was applied: then the flush is
+ * for that connection alone (work->inlined->only_serial); not if for_good.  False,
+ * with the reason, when it is not and waiting is of no use, took too long, or may be a
+ * deadlock across nodes.  The work has its part at the peer (EnsureInlined()).
  */
-bool PassFence(Work *work, connection::Failure *failure);
+bool PassFence(Work *work, bool for_good, connection::Failure *failure);
 
-/* Whether PassFence() would succeed at once; wakes the worker if not. */
+/* Whether PassFence() succeeds at once, which is as good as it; wakes the worker if not. */
 bool FenceIsOpen(Work *work);
 
 /* Undo and merge of subtransactions. */

@@ -230,6 +230,28 @@ TakeEntry(Feed *feed, Shipment *shipment, const queue::RingEntry *entry, const B
 	return true;
 }
 
+/*
+ * What a session applied and the peer may not have flushed is there if it was applied
+ * after our connection was made, which has seen no crash of the peer.  If not, nobody
+ * knows.
+ */
+static bool
+MustDeliver(const Feed *feed, const queue::RingEntry *entry, queue::EntryState state)
+{
+	return state == queue::EntryState::Committed ||
+		   (state == queue::EntryState::Applied && entry->ticket <= feed->opened_at);
+}
+
+/* An entry that the peer has. */
+static void
+PassInline(Feed *feed, uint64 ticket, queue::EntryState state)
+{
+	feed->inline_passed++;
+	feed->passed_at = GetCurrentTimestamp();
+	if (state == queue::EntryState::Applied)
+		NotePassedUnsealed(feed, ticket);
+}
+
 /* Take settled entries in order until the budget is spent or something has to be awaited. */
 static void
 FillFromRing(Feed *feed, Shipment *shipment, const Budget &budget)
@@ -249,13 +271,13 @@ FillFromRing(Feed *feed, Shipment *shipment, const Budget &budget)
 		{
 			if (state == queue::EntryState::Pending)
 				return;
-			if (state == queue::EntryState::Committed && !TakeEntry(feed, shipment, entry, budget))
-				return;
-			if (state == queue::EntryState::Delivered)
+			if (MustDeliver(feed, entry, state))
 			{
-				feed->inline_passed++;
-				feed->passed_at = GetCurrentTimestamp();
+				if (!TakeEntry(feed, shipment, entry, budget))
+					return;
 			}
+			else if (state != queue::EntryState::Aborted)
+				PassInline(feed, entry->ticket, state);
 			feed->position = entry->ticket;
 		}
 		queue::ConsumeRing(*feed->shared, entry);

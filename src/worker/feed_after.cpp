@@ -50,6 +50,14 @@ NoteUnsealed(Feed *feed, uint64 to)
 	feed->unsealed.to = Max(feed->unsealed.to, to);
 }
 
+/* It moves no watermark of the peer, which says nothing of it. */
+void
+NotePassedUnsealed(Feed *feed, uint64 ticket)
+{
+	NoteUnsealed(feed, 0);
+	feed->passed_unsealed = ticket;
+}
+
 /* Late heads are removed when the peer has their rows for good; large ones take long anyway. */
 void
 Relax(Feed *feed, Shipment *shipment, bool full)
@@ -161,6 +169,8 @@ Applied(Feed *feed, Shipment *shipment)
 		return;
 	}
 	feed->unsealed = {};
+	if (feed->passed_unsealed > shipment->confirm_to) /* since this batch was filled */
+		NotePassedUnsealed(feed, feed->passed_unsealed);
 	queue::Confirm(stream, shipment->confirm_to);
 	MMREPL_FAULT_POINT("worker-confirmed");
 	queue::Acknowledged(stream, shipment->confirm_to);

@@ -144,6 +144,7 @@ ResetUnsealed(Feed *feed, uint64 watermark)
 	if (was.since != 0 && watermark < was.to)
 		queue::CountAgain(*feed->shared, was.transactions, was.changes, was.bytes);
 	feed->unsealed = {};
+	feed->passed_unsealed = 0; /* all of it is read again */
 	if (!feed->relaxed_there || watermark <= pg_atomic_read_u64(&feed->shared->confirmed))
 		queue::Acknowledged(*feed->shared, watermark);
 	else

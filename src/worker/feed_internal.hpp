@@ -9,6 +9,9 @@
 namespace mmrepl::worker
 {
 
+/* A transaction was passed that the peer has, and may not have flushed. */
+void NotePassedUnsealed(Feed *feed, uint64 ticket);
+
 /* Start the shipment's batch; its header takes shipment->previous and sweep_xid. */
 void BeginBatch(Feed *feed, Shipment *shipment, uint8 flags);
 

@@ -200,6 +200,7 @@ OpenLane(Session *session, int lane)
 		return false;
 	}
 	session->lanes.list[lane].conn = conn;
+	session->feed.opened_at = connection::NotesOf(conn)->opened_at;
 	MakeEvents(session);
 	MMREPL_FAULT_POINT("worker-lane-opened");
 	return true;
@@ -230,7 +231,10 @@ ChooseLane(Session *session, const Budget &budget)
 	{
 		int lane = (shipment[-1].lane + 1) % lanes;
 
-		if (LaneConn(session, lane) != NULL || OpenLane(session, lane))
+		/* What was passed for this batch may not be there for a connection made after that. */
+		if (LaneConn(session, lane) == NULL)
+			(void) OpenLane(session, lane);
+		else
 		{
 			shipment->ahead = true;
 			shipment->lane = lane;

@@ -163,6 +163,7 @@ OpenPeer(Session *session)
 		Fail(session, &failure, false);
 		return false;
 	}
+	session->feed.opened_at = connection::NotesOf(session->conn)->opened_at;
 	MMREPL_FAULT_POINT("worker-connected");
 	MakeEvents(session);
 	RecoverSoon(session);

@@ -49,6 +49,8 @@ struct Feed
 	uint64 watermark;	/* of the peer once all batches made so far are applied */
 	bool relaxed_there; /* the peer knows of commits that are not flushed */
 	Unsealed unsealed;
+	uint64 opened_at;		/* last ticket drawn when the newest of our connections stood */
+	uint64 passed_unsealed; /* newest ticket passed that a session applied; 0: none */
 	bool from_tables;
 	uint32 late_seen;	 /* commands ended (LateWord) when the tables were last read */
 	bool late_open;		 /* that reading saw late work it could not take yet */

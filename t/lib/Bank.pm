@@ -41,7 +41,7 @@ my $schema = qq{
 # What a client does: one transfer after the other, each until it is done.
 sub transfers
 {
-	my ($prefix, $two_phase) = @_;
+	my ($prefix, $two_phase, $applied) = @_;
 	my $done = 0;
 	my ($token, $sql);
 
@@ -58,6 +58,7 @@ sub transfers
 			$token = "$prefix.$done";
 			$sql = 'BEGIN; '
 			  . (rand() < 0.3 ? q{SET LOCAL mmrepl.sync_flush = 'commit'; } : '')
+			  . (rand() < $applied ? q{SET LOCAL mmrepl.sync_commit = 'applied'; } : '')
 			  . (rand() < $two_phase ? q{SET LOCAL mmrepl.two_phase = 'on'; } : '')
 			  . "INSERT INTO transfer VALUES ('$token', $a, $b, $amount);"
 			  . " UPDATE account SET balance = balance - $amount WHERE id = $a;"
@@ -151,7 +152,7 @@ sub heal
 
 sub start_clients
 {
-	my ($seed, $clients, $two_phase, @nodes) = @_;
+	my ($seed, $clients, $two_phase, $applied, @nodes) = @_;
 	my (@writers, @readers);
 
 	foreach my $node (@nodes)
@@ -160,7 +161,7 @@ sub start_clients
 		{
 			push @writers,
 			  Client->start($node,
-				transfers(substr($node->name, 0, 1) . $client, $two_phase),
+				transfers(substr($node->name, 0, 1) . $client, $two_phase, $applied),
 				seed => $seed++);
 		}
 		push @readers,
@@ -220,7 +221,8 @@ sub judge
 }
 
 # run(seconds => how long, clients => how many on each node, faults => [names],
-# two_phase => the part of the transfers that commits in two phases)
+# two_phase => the part of the transfers that commits in two phases, applied => the
+# part whose COMMIT does not wait for the peer's flush)
 sub run
 {
 	my (%params) = @_;
@@ -253,7 +255,7 @@ sub run
 	  foreach ('account', 'transfer');
 
 	my ($writers, $readers) =
-	  start_clients($seed, $params{clients}, $params{two_phase}, $alpha, $beta);
+	  start_clients($seed, $params{clients}, $params{two_phase}, $params{applied} || 0, $alpha, $beta);
 	my $until = Time::HiRes::time() + $params{seconds};
 	my %blows;
 	while (Time::HiRes::time() < $until)

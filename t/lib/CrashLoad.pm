@@ -141,6 +141,12 @@ sub script
 	push @do, "BEGIN; INSERT INTO slog VALUES ($side, -$id, 0); ROLLBACK;\n";
 	push @do, "RESET mmrepl.sync_flush;\n";
 
+	# The peer need not flush.
+	push @do, "SET mmrepl.sync_commit = 'applied';\n";
+	$add->('', 1);
+	$add->(undone($side, $id, 1), 1, '; RELEASE b');
+	push @do, "RESET mmrepl.sync_commit;\n";
+
 	# The peer commits in two phases.
 	push @do, "SET mmrepl.two_phase = 'on';\n";
 	$add->('', 1);

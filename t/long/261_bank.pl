@@ -13,6 +13,7 @@ Bank::run(
 	seconds => $ENV{MMREPL_SECONDS} || 300,
 	clients => 16,
 	two_phase => 0.5,
+	applied => 0.5,
 	faults => [
 		'cut', 'close', 'kill', 'immediate', 'fast', 'reset', 'stall',
 		'lost answer', 'lost commit', 'black hole'

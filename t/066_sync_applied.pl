@@ -1,0 +1,313 @@
+# mmrepl.sync_commit = 'applied': COMMIT does not wait until the peer has flushed its
+# part.  What the peer loses in a crash is brought again by the worker, and nobody
+# executes anything there before that, unless his connection proves that nothing was lost.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/lib";
+
+use FaultPoints;
+use MmreplCluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes ();
+
+my ($alpha, $beta) = MmreplCluster->new_pair(
+	conf => q{
+autovacuum = off
+restart_after_crash = off
+wal_writer_delay = '10s'
+mmrepl.retry_min_delay = '20ms'
+mmrepl.retry_max_delay = '200ms'
+mmrepl.sync_timeout = '60s'
+});
+
+sub here { return $alpha->safe_psql('postgres', $_[0]) }
+sub there { return $beta->safe_psql('postgres', $_[0]) }
+
+$alpha->create_table_on_both(
+	$beta, q{
+	CREATE TABLE account (id int PRIMARY KEY, n int NOT NULL);
+	INSERT INTO account SELECT g, 0 FROM generate_series(1, 20) g;
+	CREATE TABLE queued (id int PRIMARY KEY);
+	CREATE TABLE written (id int, n int);
+	CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS
+	$$BEGIN INSERT INTO public.written VALUES (NEW.id, NEW.n); RETURN NULL; END$$;
+	CREATE TRIGGER note AFTER INSERT OR UPDATE ON account FOR EACH ROW EXECUTE FUNCTION note();
+	ALTER TABLE account ENABLE ALWAYS TRIGGER note});
+$alpha->create_pair('account', 'beta', q{mode => 'sync'});
+$alpha->create_pair('queued', 'beta');
+$alpha->poll_state('beta', 'streaming');
+
+# A session whose connection to the peer is there, and older than what follows.
+sub warm
+{
+	my ($commit) = @_;
+	my $session = $alpha->session;
+
+	$session->ok("SET mmrepl.sync_commit = '" . ($commit || 'applied') . "'");
+	$session->ok('UPDATE account SET n = n WHERE id = 20');
+	$alpha->wait_caught_up('beta');
+	return $session;
+}
+
+# The worker neither delivers nor confirms: what is not flushed stays so.
+sub hold
+{
+	here(q{SELECT mmrepl.pause('beta')});
+	$alpha->poll_state('beta', 'paused');
+	return;
+}
+
+sub go_on
+{
+	here(q{SELECT mmrepl.resume('beta')});
+	return $alpha->wait_caught_up('beta');
+}
+
+# Without the WAL writer nothing is flushed at the peer but what somebody waits for.
+sub stop_wal_writer
+{
+	my $pid = there(q{SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'});
+
+	there('CHECKPOINT');
+	kill('STOP', $pid);
+	return $pid;
+}
+
+# Whether the peer has flushed what the code does.
+sub flushes
+{
+	my ($code) = @_;
+	my $before = there('SELECT pg_current_wal_insert_lsn()');
+
+	$code->();
+	return there("SELECT pg_current_wal_flush_lsn() > '$before'");
+}
+
+# The peer forgets whatever is not flushed.
+sub crash_peer
+{
+	my ($wal_writer) = @_;
+
+	kill('KILL', $wal_writer);
+	until_true(sub { is_down($beta) });
+	return;
+}
+
+sub judge
+{
+	my ($name) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	$alpha->wait_caught_up('beta');
+	$alpha->same_rows($beta, $_, name => "$name: $_ is equal") foreach ('account', 'queued');
+	is(there('SELECT sum(conflicts) FROM mmrepl.progress'), '0', '... without a conflict');
+	is(there(q{SELECT count(*) FROM (SELECT FROM written WHERE n > 0 GROUP BY id, n HAVING count(*) > 1) twice}),
+		'0', '... each change is there once');
+	is(here(q{SELECT count(*) FROM mmrepl.in_doubt}), '0', '... nothing is in doubt');
+	return;
+}
+
+###############################################################################
+
+section 'what COMMIT waits for' => sub {
+	my $session = warm();
+
+	hold();
+	my $writer = stop_wal_writer();
+	my $update = sub { my ($id) = @_; return sub { $session->ok("UPDATE account SET n = n + 1 WHERE id = $id") } };
+
+	is(flushes($update->(1)), 'f', q{'applied': not until the peer has flushed it});
+	is(there('SELECT n FROM account WHERE id = 1'), '1', '... it is visible there');
+	is(flushes($update->(2)), 'f', '... and the next one executes at once, although the worker is away');
+	is(flushes(sub { $session->ok('BEGIN; SAVEPOINT a; UPDATE account SET n = 1 WHERE id = 3; RELEASE a; COMMIT') }),
+		'f', '... in a subtransaction, too');
+	$session->ok(q{SET mmrepl.sync_flush = 'commit'});
+	is(flushes($update->(4)), 'f', '... or sent ahead');
+	$session->ok('RESET mmrepl.sync_flush');
+
+	is(flushes(sub {
+				$session->ok('BEGIN; UPDATE account SET n = n + 1 WHERE id = 5');
+				$session->ok(q{SET LOCAL mmrepl.sync_commit = 'flushed'; COMMIT})
+		}),
+		't', 'flushed, if that is what COMMIT finds set');
+	is(flushes(sub {
+				$session->ok(q{SET mmrepl.two_phase = 'auto'});
+				$update->(6)->();
+				$session->ok('RESET mmrepl.two_phase')
+		}),
+		't', 'in two phases it is flushed');
+	$session->ok(q{RESET mmrepl.sync_commit});
+	is(here('SHOW mmrepl.sync_commit'), 'flushed', 'the default');
+	is(flushes($update->(7)), 't', '... waits for the flush');
+	kill('CONT', $writer);
+	go_on();
+	judge('sync_commit');
+	$session->quit;
+};
+
+section 'who executes at the peer next' => sub {
+	my $session = warm();
+	my $late;
+
+	hold();
+	$session->ok('UPDATE account SET n = n + 1 WHERE id = 8');
+	$session->ok('UPDATE account SET n = n + 1 WHERE id = 8');
+
+	# The connection was made later: what it finds proves nothing.
+	$late = $alpha->session;
+	my (undef, $err) = $late->run('UPDATE account SET n = n + 1 WHERE id = 8');
+	like($err, qr/ERROR:\s+MM008: .*earlier changes/, 'not over a later connection while nothing can be confirmed');
+	like($err, qr/"paused"/, '... with the reason');
+	is(here(q{SELECT mmrepl.wait_for_replay('beta', '100 ms')}), 'f', '... nor does wait_for_replay() take it for safe');
+	$session->ok('UPDATE account SET n = n + 1 WHERE id = 8');
+	here(q{SELECT mmrepl.resume('beta')});
+	$alpha->wait_caught_up('beta');
+	$late->ok('UPDATE account SET n = n + 1 WHERE id = 8');
+
+	# The worker comes when it is needed.
+	$late->quit;
+	foreach (1 .. 5)
+	{
+		$session->ok('UPDATE account SET n = n + 1 WHERE id = 9');
+		my $start = Time::HiRes::time();
+		here('UPDATE account SET n = n + 1 WHERE id = 9');
+		cmp_ok(Time::HiRes::time() - $start, '<', 10, 'a new session waits for the worker, not for sync_timeout');
+	}
+
+	# What was flushed, or in two phases, needs no proof.
+	foreach my $set (q{mmrepl.sync_commit = 'flushed'}, q{mmrepl.two_phase = 'auto'}, q{mmrepl.two_phase = 'on'})
+	{
+		$session->ok("SET $set");
+		$alpha->wait_caught_up('beta');
+		hold();
+		$session->ok('UPDATE account SET n = n + 1 WHERE id = 10');
+		here('UPDATE account SET n = n + 1 WHERE id = 10');
+		pass("behind $set a new session goes on at once");
+		$session->ok(q{RESET mmrepl.two_phase; SET mmrepl.sync_commit = 'applied'});
+		go_on();
+	}
+	judge('next');
+	$session->quit;
+};
+
+section 'the peer crashes' => sub {
+	my ($session, $other, $posting) = (warm(), warm(), warm());
+
+	$posting->ok(q{SET mmrepl.sync_flush = 'commit'});
+	$alpha->wait_caught_up('beta');
+	hold();
+	my $writer = stop_wal_writer();
+	$session->ok("INSERT INTO account VALUES ($_, 1)") foreach (30 .. 34);
+	$session->ok('UPDATE account SET n = n + 1 WHERE id = 30') foreach (1 .. 5);
+	is(there('SELECT count(*) FROM account WHERE id >= 30'), '5', 'acknowledged, and there');
+	crash_peer($writer);
+	bring_back($beta);
+	is(there('SELECT count(*) FROM account WHERE id >= 30'), '0', 'the peer has lost it');
+
+	# Connections from before it are dead; over a new one nothing is executed yet.
+	foreach ([ 'statement', $other ], [ 'commit', $posting ])
+	{
+		my ($flush, $client) = @$_;
+		my (undef, $err) = $client->run('UPDATE account SET n = n + 1 WHERE id = 30');
+		like($err, qr/ERROR:\s+MM008: .*earlier changes/, "sync_flush = '$flush': the fence is closed again");
+		(undef, $err) = $client->run('BEGIN; UPDATE account SET n = n + 1 WHERE id = 30; COMMIT');
+		like($err, qr/ERROR:\s+MM008: .*earlier changes/, '... still');
+		$client->run('ROLLBACK');
+	}
+	is(there('SELECT count(*) FROM account WHERE id >= 30'), '0', 'nothing is there yet');
+
+	here(q{SELECT mmrepl.resume('beta')});
+	$alpha->poll_state('beta', 'streaming');
+	foreach my $client ($other, $posting, $session)
+	{
+		$client->ok('UPDATE account SET n = n + 1 WHERE id = 30');
+	}
+	is(there('SELECT n FROM account WHERE id = 30'), '9', 'then it is, with what depends on it');
+	judge('a crash of the peer');
+	is(there(q{SELECT string_agg(n::text, ' ') FROM written WHERE id = 30}), '1 2 3 4 5 6 7 8 9', '... in order');
+	$_->quit foreach ($session, $other, $posting);
+};
+
+section 'both crash' => sub {
+	my $session = warm();
+
+	hold();
+	my $writer = stop_wal_writer();
+	$session->ok("INSERT INTO account VALUES ($_, 1)") foreach (40 .. 44);
+	$session->ok('UPDATE account SET n = n + 1 WHERE id = 40') foreach (1 .. 5);
+	$alpha->stop('immediate');
+	crash_peer($writer);
+	eval { $session->quit };
+	bring_back($beta);
+	is(there('SELECT count(*) FROM account WHERE id >= 40'), '0', 'the peer has lost it');
+	$alpha->start;
+	here(q{SELECT mmrepl.resume('beta')});
+	$alpha->poll_state('beta', 'streaming');
+	here('UPDATE account SET n = n + 1 WHERE id = 40');
+	judge('both crash');
+	is(there(q{SELECT string_agg(n::text, ' ') FROM written WHERE id = 40}), '1 2 3 4 5 6 7', '... in order');
+};
+
+section 'all kinds on one stream' => sub {
+	my ($applied, $flushed) = (warm(), warm('flushed'));
+	my $steps = sub {
+		foreach (1 .. 4)
+		{
+			$applied->ok('UPDATE account SET n = n + 1 WHERE id = 11');
+			$flushed->ok('UPDATE account SET n = n + 1 WHERE id = 11');
+			$applied->ok(q{SET mmrepl.mode = 'async'; UPDATE account SET n = n + 1 WHERE id = 11; RESET mmrepl.mode});
+			$applied->ok('UPDATE account SET n = n + 1 WHERE id = 11');
+			$flushed->ok('UPDATE account SET n = n + 1 WHERE id = 11; INSERT INTO queued SELECT count(*) FROM queued');
+		}
+	};
+
+	$steps->();
+	$beta->stop('immediate');
+	$applied->ok(q{SET mmrepl.mode = 'async'; UPDATE account SET n = n + 1 WHERE id = 11; RESET mmrepl.mode});
+	$beta->start;
+	$alpha->poll_state('beta', 'streaming');
+	$steps->();
+	is(here('SELECT n FROM account WHERE id = 11'), '41', 'each was done here');
+	judge('mixed');
+	is(there(q{SELECT bool_and(n = place) FROM
+			   (SELECT n, row_number() OVER () AS place FROM written WHERE id = 11 AND n > 0) w}),
+		't', '... in order');
+	$_->quit foreach ($applied, $flushed);
+};
+
+# An older build of the extension at the peer.
+section 'a peer that flushes always' => sub {
+	there(
+		q{ALTER FUNCTION mmrepl.hello(uuid, int, int) RENAME TO hello_of_today;
+		  ALTER FUNCTION mmrepl.apply(bytea) RENAME TO apply_of_today;
+		  CREATE FUNCTION mmrepl.hello(uuid, int, int, OUT protocol int, OUT node uuid, OUT watermark bigint, OUT server_version int)
+			LANGUAGE sql AS 'SELECT * FROM mmrepl.hello_of_today($1, $2, 2)';
+		  CREATE FUNCTION mmrepl.apply(batch bytea) RETURNS bigint LANGUAGE plpgsql AS $$
+		  BEGIN
+			IF get_byte(batch, 4) & 96 <> 0 THEN RAISE 'unknown flags'; END IF;
+			RETURN mmrepl.apply_of_today(batch);
+		  END $$});
+	$beta->terminate_peers;
+	$alpha->poll_state('beta', 'streaming');
+	my $session = warm();
+
+	hold();
+	my $writer = stop_wal_writer();
+	is(flushes(sub { $session->ok('UPDATE account SET n = n + 1 WHERE id = 12') }), 't', 'it is asked for nothing else');
+	here('UPDATE account SET n = n + 1 WHERE id = 12');
+	pass('... and a new session goes on at once');
+	kill('CONT', $writer);
+	go_on();
+	judge('an older peer');
+	$session->quit;
+};
+
+is($alpha->queued('beta'), '0', 'nothing is left queued');
+ok(!$_->log_contains(qr/PANIC|TRAP:/), 'no crash of its own in the log of ' . $_->name) foreach ($alpha, $beta);
+$_->stop('fast') foreach ($alpha, $beta);
+
+done_testing();
