@@ -15,6 +15,8 @@ use Test::More;
 use Time::HiRes ();
 
 my $soon = 1 + 1;    # s: answers come within one; a busy machine takes its own share
+my $tries = 5;       # ... and now and then all of it: what is late each time is not its fault
+my $endless = 10 * $MmreplCluster::timeout;
 
 my ($alpha, $beta) = MmreplCluster->new_pair(
 	conf => q{
@@ -23,6 +25,7 @@ deadlock_timeout = '300ms'
 mmrepl.retry_min_delay = '20ms'
 mmrepl.retry_max_delay = '200ms'
 mmrepl.sync_flush = 'commit'
+mmrepl.sync_timeout = '1min'
 });
 my $proxy = FaultProxy->new(port => $beta->port);
 my $port = $proxy->port;
@@ -89,31 +92,23 @@ section 'statements do not wait' => sub {
 	my ($session, $id, $pid) = warm();
 
 	# No answer arrives, and yet all five go through, here and there.
+	$proxy->reset_counters;
 	$proxy->hold(only => [$id], from => 'server');
 	$session->ok('BEGIN');
 	$session->ok(update($_)) foreach (1 .. 5);
 	$beta->poll_ok('SELECT count(*) = 15 FROM (SELECT FROM account FOR UPDATE SKIP LOCKED) AS free',
 		'the peer executes each of them meanwhile');
-	$proxy->reset_counters;
 	$session->start('COMMIT');
 	$proxy->release(only => [$id]);
 	my ($out, $err) = $session->finish;
 	is($err, '', 'COMMIT takes the answers');
+	is($proxy->round_trips(only => [$id]), 2, 'two trips, where statement mode has six');
 	equal('five statements');
 
-	# Round trips, counted by what the session waits for when each takes a second.
-	my %took;
-	$proxy->delay(500, only => [$id]);
+	# Answers that come meanwhile are taken, too.
 	$session->ok('BEGIN');
-	my $start = Time::HiRes::time();
 	$session->ok(update($_)) foreach (1 .. 5);
-	$took{statements} = Time::HiRes::time() - $start;
 	$session->ok('COMMIT');
-	$took{all} = Time::HiRes::time() - $start;
-	cmp_ok($took{statements}, '<', 1, "statements: $took{statements} s, less than one trip");
-	cmp_ok($took{all}, '<', 4,
-		"together: $took{all} s, about two trips, where statement mode has six");
-	$proxy->delay(0, only => [$id]);
 
 	# One row, several statements: their order.
 	$session->ok(q{BEGIN; UPDATE account SET n = n * 2 + 1 WHERE id = 1});
@@ -169,7 +164,7 @@ section 'what the peer refuses' => sub {
 	$session->ok($sql{'23514'});
 	peer_is($pid, 'idle in transaction (aborted)', 'the peer has refused');
 	my $err = '';
-	foreach my $try (1 .. 100)
+	for (my $until = time + $MmreplCluster::timeout; time < $until;)
 	{
 		(undef, $err) = $session->run('UPDATE account SET n = 0 WHERE false');
 		last if $err ne '';
@@ -271,22 +266,29 @@ section 'a lock at the peer' => sub {
 	peer_is_free($pid, 'sync_lock_timeout');
 
 	# The time in which the client thinks is not the peer's.
-	$session->ok(q{SET mmrepl.sync_lock_timeout = '10s'; SET mmrepl.sync_timeout = '600ms'});
+	$session->ok(q{SET mmrepl.sync_lock_timeout = '10s'; SET mmrepl.sync_timeout = '3s'});
 	$session->ok('BEGIN');
 	$session->ok(update(5));
-	$session->ok('SELECT pg_sleep(0.8)');
+	$session->ok('SELECT pg_sleep(3.2)');
 	$other->ok('ROLLBACK');
+	peer_is($pid, 'idle in transaction', 'the peer has got the lock');
 	(undef, $err) = $session->run('COMMIT');
 	is($err, '', 'sync_timeout counts from COMMIT on');
-	$other->ok('BEGIN; UPDATE account SET n = n WHERE id = 5');
-	$session->ok('BEGIN');
-	$session->ok(update(5));
-	$session->start('COMMIT');
-	(undef, $err, my $took) = $session->finish;
-	like($err, qr/ERROR:\s+MM008: /, '... and ends the wait');
+	my $took;
+	foreach my $try (1 .. $tries)
+	{
+		$session->ok(q{SET mmrepl.sync_timeout = '600ms'});
+		$other->ok('BEGIN; UPDATE account SET n = n WHERE id = 5');
+		$session->ok('BEGIN');
+		$session->ok(update(5));
+		$session->start('COMMIT');
+		(undef, $err, $took) = $session->finish;
+		like($err, qr/ERROR:\s+MM008: /, '... and ends the wait');
+		$other->ok('ROLLBACK');
+		last if $took < 0.6 + $soon;
+	}
 	cmp_ok($took, '<', 0.6 + $soon, '... in time');
 	peer_is_free($pid, 'sync_timeout');
-	$other->ok('ROLLBACK');
 	$other->quit;
 	$session->quit;
 	equal('locks');
@@ -299,13 +301,14 @@ section 'cancelled' => sub {
 		[ 'in a statement that waits for nobody', 'SELECT pg_sleep(60)', 'pg_cancel_backend' ],
 		[ 'by ROLLBACK', 'ROLLBACK', undef ]);
 
-	foreach my $case (@cases)
-	{
-		my ($name, $sql, $function) = @$case;
+	my $watch = $alpha->session;
+
+	# What happens to one session, and how long that takes.
+	my $cancelled = sub {
+		my ($name, $sql, $function) = @_;
 		my ($session, $id, $pid) = warm();
 		my $before = here('SELECT sum(n) FROM account');
 
-		$name .= ", $function" if $function;
 		$proxy->hold(only => [$id], from => 'server');
 		$session->ok('BEGIN');
 		$session->ok(update(1));
@@ -314,7 +317,7 @@ section 'cancelled' => sub {
 		$alpha->poll_ok(q{SELECT wait_event IS NOT NULL FROM pg_stat_activity WHERE state = 'active' AND pid = } . $session->pid, '... it waits')
 		  if $function;
 		my $start = Time::HiRes::time();
-		here("SELECT $function(" . $session->pid . ')') if $function;
+		$watch->ok("SELECT $function(" . $session->pid . ')') if $function;
 		if ($function && $function =~ /terminate/)
 		{
 			$alpha->poll_ok('SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = ' . $session->pid, '... the session ends');
@@ -324,16 +327,31 @@ section 'cancelled' => sub {
 			my (undef, $err) = $session->finish;
 			like($err, $function ? qr/ERROR:\s+57014/ : qr/^$/, '... the error');
 		}
-		cmp_ok(Time::HiRes::time() - $start, '<', $soon, '... within a second');
+		my $took = Time::HiRes::time() - $start;
 		peer_is_free($pid, $name);
 		is(here('SELECT sum(n) FROM account'), $before, '... nothing is changed here');
 		$proxy->kill(only => [$id]);
-		next if $function && $function =~ /terminate/;
+		return $took if $function && $function =~ /terminate/;
 		$session->run('ROLLBACK');
 		$session->ok(update(1));
 		$session->quit;
 		equal($name);
+		return $took;
+	};
+	foreach my $case (@cases)
+	{
+		my ($name, $sql, $function) = @$case;
+		my $took;
+
+		$name .= ", $function" if $function;
+		foreach my $try (1 .. $tries)
+		{
+			$took = $cancelled->($name, $sql, $function);
+			last if $took < $soon;
+		}
+		cmp_ok($took, '<', $soon, "$name: within a second");
 	}
+	$watch->quit;
 };
 
 section 'the peer dies between the statement and COMMIT' => sub {
@@ -406,7 +424,7 @@ section 'several targets' => sub {
 			CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
 			BEGIN
 				IF NEW.v = 'slow' THEN
-					PERFORM pg_sleep(1);
+					PERFORM pg_advisory_lock(1), pg_advisory_unlock(1);
 				ELSIF NEW.v = current_database() THEN
 					RAISE EXCEPTION 'bad';
 				END IF;
@@ -419,16 +437,27 @@ section 'several targets' => sub {
 		$alpha->create_pair('many', $target, q{mode => 'sync'});
 	}
 	my $session = $alpha->session;
+	my @holders = map { $beta->session($_) } @targets;
+
 	$session->ok(q{INSERT INTO many VALUES (1, 'quick')});
-	my $start = Time::HiRes::time();
+	$session->ok("SET mmrepl.sync_timeout = '${endless}s'; SET mmrepl.sync_lock_timeout = '${endless}s'");
+	$_->ok('SELECT pg_advisory_lock(1)') foreach @holders;
 	$session->ok('BEGIN');
 	$session->ok(q{INSERT INTO many VALUES (2, 'slow')});
 	$session->ok(q{UPDATE many SET v = 'slow' WHERE id = 1});
-	cmp_ok(Time::HiRes::time() - $start, '<', 1, 'nobody is waited for');
-	$session->ok('COMMIT');
-	my $took = Time::HiRes::time() - $start;
-	cmp_ok($took, '>=', 2, 'COMMIT waits for all');
-	cmp_ok($took, '<', 4, "... together: $took s");
+	is(here('SELECT count(*) FROM many'), '1', 'no statement waits');
+	$session->start('COMMIT');
+	foreach my $left (3, 2, 1)
+	{
+		$beta->poll_ok(
+			"SELECT count(*) = $left FROM pg_stat_activity WHERE client_addr IS NOT NULL AND wait_event = 'advisory'",
+			"$left of them work, at the same time");
+		is(here('SELECT state FROM pg_stat_activity WHERE pid = ' . $session->pid), 'active', '... and COMMIT waits');
+		(shift @holders)->quit;
+	}
+	my (undef, $error) = $session->finish;
+	is($error, '', '... until they are done');
+	$session->ok('RESET ALL');
 	foreach my $target (@targets)
 	{
 		$session->ok('BEGIN');
@@ -450,6 +479,7 @@ section 'a hundred thousand statements' => sub {
 		  . 'INSERT INTO busy SELECT g, 0 FROM generate_series(1, 5000) g');
 	$alpha->create_pair('busy', 'beta', q{mode => 'sync'});
 	my ($session, $id, $pid) = warm();
+	$session->ok("SET mmrepl.sync_timeout = '${endless}s'");
 
 	foreach my $case ([ 'commit', 100_000, '4MB' ], [ 'commit', 5_000, '256kB' ], [ 'statement', 5_000, '256kB' ])
 	{
@@ -487,7 +517,8 @@ section 'what was joined is replayed' => sub {
 		my $rule = $proxy->rule(type => 'Q', pattern => '^Q....COMMIT', action => 'hold',
 			from => 'client', when => 'before', only => [$id]);
 
-		$session->ok("SET mmrepl.sync_flush = '$flush'; SET mmrepl.buffer_memory = '$memory'");
+		$session->ok("SET mmrepl.sync_flush = '$flush'; SET mmrepl.buffer_memory = '$memory';"
+			  . "SET mmrepl.sync_timeout = '${endless}s'");
 		$session->start(
 			q{DO $$
 			BEGIN

@@ -33,6 +33,18 @@ sub synced
 	return $alpha->wait_caught_up('beta');
 }
 
+# A setting that is in force for all that begins from now on.
+sub configure
+{
+	my ($node, $setting, $value) = @_;
+
+	$node->append_conf('postgresql.conf', "$setting = '$value'");
+	$node->reload;
+	$node->poll_query_until('postgres', "SELECT current_setting('$setting') = '$value'")
+	  or die "$setting was not set";
+	return;
+}
+
 # A batch with one transaction of these records, as SQL; see include/mmrepl/batch.hpp.
 sub apply
 {
@@ -125,18 +137,20 @@ section 'search_path of a trigger at the receiver' => sub {
 section 'NULL in an array' => sub {
 	$alpha->create_table_on_both($beta, 'CREATE TABLE nulls (id int PRIMARY KEY, a int[], b text[])');
 	$alpha->create_pair('nulls', 'beta');
-	$_->append_conf('postgresql.conf',
-		"array_nulls = off\ndatestyle = 'german'\nextra_float_digits = -5")
-	  foreach ($alpha, $beta);
-	$_->reload foreach ($alpha, $beta);
+	foreach my $node ($alpha, $beta)
+	{
+		$node->append_conf('postgresql.conf', "datestyle = 'german'\nextra_float_digits = -5");
+		configure($node, 'array_nulls', 'off');
+	}
 	here(q{SET array_nulls = on; INSERT INTO nulls VALUES (1, '{1,NULL}', '{a,NULL,"NULL"}')});
 	synced();
 	is(there(q{SELECT a[2] IS NULL AND b[2] IS NULL AND b[3] = 'NULL' FROM nulls}),
 		't', 'it arrives as what it is');
-	$_->append_conf('postgresql.conf',
-		"array_nulls = on\ndatestyle = 'ISO'\nextra_float_digits = 1")
-	  foreach ($alpha, $beta);
-	$_->reload foreach ($alpha, $beta);
+	foreach my $node ($alpha, $beta)
+	{
+		$node->append_conf('postgresql.conf', "datestyle = 'ISO'\nextra_float_digits = 1");
+		configure($node, 'array_nulls', 'on');
+	}
 };
 
 # The message of a lost race for a key was made of memory that was given back.
@@ -225,8 +239,7 @@ section 'a clock far ahead' => sub {
 # A part of a transaction that would have exceeded the limit gave the stream up
 # although it was rolled back.
 section 'too large, but rolled back to a savepoint' => sub {
-	$alpha->append_conf('postgresql.conf', q{mmrepl.max_queue_size = '128kB'});
-	$alpha->reload;
+	configure($alpha, 'mmrepl.max_queue_size', '128kB');
 	here(q{SELECT mmrepl.pause('beta')});
 	my $too_much = q{INSERT INTO item SELECT g, repeat('x', 100)
 		FROM generate_series(10001, 15000) g};
@@ -293,8 +306,7 @@ section 'resync() that is rolled back to a savepoint' => sub {
 # A server beyond max_servers was given up for what waited for others, and had been
 # delivered to them; and who looked at that kept locks on all queue tables.
 section 'the limit for a server beyond max_servers' => sub {
-	$alpha->append_conf('postgresql.conf', 'mmrepl.max_queue_size = 0');
-	$alpha->reload;
+	configure($alpha, 'mmrepl.max_queue_size', '0');
 	$alpha->create_table_on_both($beta, 'CREATE TABLE other (id int PRIMARY KEY, v text)');
 	$alpha->add_peer($beta, server => 'second');
 	$alpha->create_pair('other', 'second');
@@ -306,8 +318,7 @@ section 'the limit for a server beyond max_servers' => sub {
 		WHERE server_name = 'second'};
 
 	cmp_ok(here($on_disk), '>', 512 * 1024, 'much is on the disk');
-	$alpha->append_conf('postgresql.conf', q{mmrepl.max_queue_size = '512kB'});
-	$alpha->reload;
+	configure($alpha, 'mmrepl.max_queue_size', '512kB');
 	here(q{INSERT INTO other VALUES (1)});
 	is(here($given_up), 'f', 'it is not of this stream');
 
@@ -336,8 +347,7 @@ section 'what follows a late transaction waits for it' => sub {
 	$alpha->create_pair('late', 'beta');
 	here(q{INSERT INTO late VALUES (1, 'start')});
 	synced();
-	here(q{ALTER SYSTEM SET mmrepl.batch_transactions = 1});
-	$alpha->reload;
+	configure($alpha, 'mmrepl.batch_transactions', '1');
 	here(q{BEGIN; INSERT INTO late VALUES (2, 'late'); UPDATE late SET v = 'late' WHERE id = 1;
 		PREPARE TRANSACTION 'late'});
 	here(q{INSERT INTO late VALUES (3, 'earlier there')});
@@ -364,15 +374,13 @@ section 'what follows a late transaction waits for it' => sub {
 	synced();
 	$alpha->same_rows($beta, 'late');
 	is(there('SELECT coalesce(sum(conflicts), 0) FROM mmrepl.progress'), $conflicts, 'without a conflict');
-	here('ALTER SYSTEM RESET mmrepl.batch_transactions');
-	$alpha->reload;
+	configure($alpha, 'mmrepl.batch_transactions', '2000');
 };
 
 # Of a transaction of more than 4 GB no more than that was counted: the view showed too
 # little, and the limit let more wait than it says.  (The row stands for such a one.)
 section 'more than 4 GB wait' => sub {
-	$alpha->append_conf('postgresql.conf', 'mmrepl.max_queue_size = 0');
-	$alpha->reload;
+	configure($alpha, 'mmrepl.max_queue_size', '0');
 	here(q{SELECT mmrepl.pause('beta')});
 	here(
 		q{INSERT INTO mmrepl.queue_0 (ticket, xid, stream, flags, changes, payload)
