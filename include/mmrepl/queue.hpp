@@ -276,9 +276,10 @@ void ConsumeRing(shmem::Stream &stream, const RingEntry *entry);
 
 /* All committed work of the stream up to the ticket is at the peer. */
 void Confirm(shmem::Stream &stream, uint64 ticket);
-/* Take delivered work off the backlog counters; put it back, the peer has lost it. */
+/* All of it is applied there; a crash of the peer may undo what is not confirmed. */
+void NoteApplied(shmem::Stream &stream, uint64 ticket);
+/* Take confirmed work off the backlog counters. */
 void Discount(shmem::Stream &stream, uint64 transactions, uint64 changes, uint64 bytes);
-void CountAgain(shmem::Stream &stream, uint64 transactions, uint64 changes, uint64 bytes);
 
 /* The peer's watermark has been at this ticket, and does not go back. */
 void Acknowledged(shmem::Stream &stream, uint64 watermark);

@@ -108,7 +108,8 @@ struct Stream
 	uint64 last_ticket;			   /* last ticket drawn for this stream */
 	pg_atomic_uint64 confirmed;	   /* all committed work with ticket <= this is at the peer */
 	pg_atomic_uint64 last_queued;  /* newest ticket that the worker has, or may have, to deliver */
-	pg_atomic_uint64 last_applied; /* newest ticket that a session applied, not flushed there */
+	pg_atomic_uint64 last_applied; /* newest ticket that was applied and maybe not flushed there */
+	pg_atomic_uint64 applied;	   /* the worker has had all up to this applied, and no more */
 	pg_atomic_uint64 acked;		   /* watermark that the peer has reported */
 	pg_atomic_uint64 discarded;	   /* not to be delivered up to here; see kNeedsResync */
 	pg_atomic_uint32 late_confirmed; /* late work up to this LateWord::Ended() is there, too */

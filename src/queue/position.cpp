@@ -19,6 +19,16 @@ Confirm(shmem::Stream &stream, uint64 ticket)
 	ConditionVariableBroadcast(&stream.confirmed_cv);
 }
 
+/* What rests on the second word has seen the first. */
+void
+NoteApplied(shmem::Stream &stream, uint64 ticket)
+{
+	AtomicMax(&stream.last_applied, ticket);
+	pg_write_barrier();
+	AtomicMax(&stream.applied, ticket);
+	ConditionVariableBroadcast(&stream.confirmed_cv);
+}
+
 /* Subtract, but not below zero: a count may have begun after the work was queued. */
 static void
 SubtractClamped(pg_atomic_uint64 *where, uint64 value)
@@ -35,14 +45,6 @@ Discount(shmem::Stream &stream, uint64 transactions, uint64 changes, uint64 byte
 	SubtractClamped(&stream.queued_transactions, transactions);
 	SubtractClamped(&stream.queued_changes, changes);
 	SubtractClamped(&stream.queued_bytes, bytes);
-}
-
-void
-CountAgain(shmem::Stream &stream, uint64 transactions, uint64 changes, uint64 bytes)
-{
-	pg_atomic_fetch_add_u64(&stream.queued_transactions, (int64) transactions);
-	pg_atomic_fetch_add_u64(&stream.queued_changes, (int64) changes);
-	pg_atomic_fetch_add_u64(&stream.queued_bytes, (int64) bytes);
 }
 
 void
@@ -87,17 +89,35 @@ LastApplied(const shmem::Stream &stream)
 	return pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.last_applied));
 }
 
+static uint64
+LastQueued(const shmem::Stream &stream)
+{
+	return pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.last_queued));
+}
+
+static uint64
+AppliedUpTo(const shmem::Stream &stream)
+{
+	uint64 applied = pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.applied));
+
+	pg_read_barrier(); /* LastApplied() comes behind it */
+	return Max(ConfirmedUpTo(stream), applied);
+}
+
 /*
- * Whether something is not confirmed that has to be: what the worker has to deliver,
- * or what was applied at a time that no connection of ours vouches for.
+ * Whether something is not there that has to be.  For good: all that the worker has to
+ * deliver, and all that was applied, is confirmed.  For a connection it is enough that
+ * it is applied, while the connection lived.
  */
 static bool
 HasUnconfirmed(const shmem::Stream &stream, uint64 opened_at)
 {
-	uint64 queued = pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.last_queued));
-	uint64 applied = LastApplied(stream);
+	uint64 queued = LastQueued(stream);
 
-	return ConfirmedUpTo(stream) < Max(queued, Min(applied, opened_at));
+	if (opened_at == kNoConnection)
+		return ConfirmedUpTo(stream) < Max(queued, LastApplied(stream));
+	return AppliedUpTo(stream) < queued ||
+		   ConfirmedUpTo(stream) < Min(LastApplied(stream), opened_at);
 }
 
 bool

@@ -124,6 +124,10 @@ TakeChunked(Feed *feed, Shipment *shipment, const queue::Place &place, const Wai
 {
 	bool large = place.bytes > (uint64) budget.bytes;
 
+	/* It may take long, and nothing that was applied before shall wait for that. */
+	feed->unsealed.first |= large && feed->unsealed.since != 0 && !feed->unsealed.sealing;
+	if (large && feed->unsealed.first)
+		return false;
 	if (shipment->transactions > 0 &&
 		(large || shipment->batch.buf.len + place.bytes > (uint64) budget.bytes))
 		return false;
@@ -493,7 +497,7 @@ NextShipment(Feed *feed, Shipment *shipment, const Budget &budget)
 {
 	bool again = true;
 
-	while (again && shipment->transactions == 0)
+	while (again && shipment->transactions == 0 && !feed->unsealed.first)
 	{
 		if (shipment->batch.buf.data != NULL)
 			pfree(shipment->batch.buf.data);
@@ -552,7 +556,7 @@ ConfirmPassed(Feed *feed)
 	if (feed->unsealed.since == 0)
 		queue::Confirm(*feed->shared, feed->position);
 	queue::ConfirmLate(*feed->shared, feed->late_reached);
-	if (!feed->from_tables)
+	if (!feed->from_tables && feed->unsealed.since == 0)
 		ReconcileBacklog(feed);
 }
 

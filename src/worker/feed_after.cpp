@@ -25,21 +25,22 @@ constexpr int64 kSealSoonAfter =
 
 /* ---- commits that are not flushed ---- */
 
-/* Whether something was unsealed so many microseconds ago. */
+/* Whether something was unsealed so many microseconds ago, and no seal is on its way. */
 static bool
 UnsealedFor(const Feed *feed, int64 time)
 {
 	TimestampTz now = GetCurrentTimestamp();
 
 	/* Later than that it is only when the clock was set back. */
-	return feed->unsealed.since != 0 &&
+	return feed->unsealed.since != 0 && !feed->unsealed.sealing &&
 		   (now >= feed->unsealed.since + time || now < feed->unsealed.since);
 }
 
 TimestampTz
 SealDueAt(const Feed *feed)
 {
-	return feed->unsealed.since == 0 ? 0 : feed->unsealed.since + kSealAfter;
+	return feed->unsealed.since == 0 || feed->unsealed.sealing ? 0
+															   : feed->unsealed.since + kSealAfter;
 }
 
 void
@@ -83,10 +84,11 @@ MakeEmpty(Feed *feed, Shipment *shipment)
 }
 
 bool
-SealShipment(Feed *feed, Shipment *shipment)
+SealShipment(Feed *feed, Shipment *shipment, bool more)
 {
-	return UnsealedFor(feed, queue::SomebodyWaits(*feed->shared) ? 0 : kSealAfter) &&
-		   SealNow(feed, shipment);
+	int64 time = !queue::SomebodyWaits(*feed->shared) ? kSealAfter : more ? kSealSoonAfter : 0;
+
+	return UnsealedFor(feed, time) && SealNow(feed, shipment);
 }
 
 bool
@@ -94,7 +96,7 @@ SealNow(Feed *feed, Shipment *shipment)
 {
 	if (feed->unsealed.since == 0)
 		return false;
-	feed->unsealed.found = false;
+	feed->unsealed.first = false;
 	MakeEmpty(feed, shipment);
 	MMREPL_FAULT_POINT("seal-built");
 	return true;
@@ -151,24 +153,27 @@ Applied(Feed *feed, Shipment *shipment)
 	shmem::Stream &stream = *feed->shared;
 	shmem::Counters &counters = stream.counters;
 
+	Unsealed *unsealed = &feed->unsealed;
+
 	RemoveLate(feed, shipment);
-	queue::Discount(stream, shipment->transactions, shipment->changes, shipment->bytes);
+	unsealed->transactions += shipment->transactions;
+	unsealed->changes += shipment->changes;
+	unsealed->bytes += shipment->bytes;
 	/* Before it is confirmed: who has waited for that finds it counted. */
 	pg_atomic_fetch_add_u64(&counters.transactions_applied, shipment->transactions);
 	pg_atomic_fetch_add_u64(&counters.changes_applied, shipment->changes);
 	pg_atomic_fetch_add_u64(&counters.batches, 1);
 	NoteLag(stream, shipment->last_ticket);
-	NoteOldest(feed);
 	if (shipment->relaxed)
 	{
 		NoteUnsealed(feed, shipment->confirm_to);
-		feed->unsealed.transactions += shipment->transactions;
-		feed->unsealed.changes += shipment->changes;
-		feed->unsealed.bytes += shipment->bytes;
+		queue::NoteApplied(stream, shipment->confirm_to);
 		MMREPL_FAULT_POINT("worker-unsealed");
 		return;
 	}
-	feed->unsealed = {};
+	queue::Discount(stream, unsealed->transactions, unsealed->changes, unsealed->bytes);
+	NoteOldest(feed);
+	*unsealed = {};
 	if (feed->passed_unsealed > shipment->confirm_to) /* since this batch was filled */
 		NotePassedUnsealed(feed, feed->passed_unsealed);
 	queue::Confirm(stream, shipment->confirm_to);

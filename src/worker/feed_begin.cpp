@@ -133,24 +133,24 @@ RequireSourceNotRewound(Feed *feed, uint64 watermark)
 }
 
 /*
- * A peer that stands behind what it had applied has crashed: what it lost waits
- * again.  What it has beyond what is confirmed may not have been flushed there.
+ * What the peer has beyond what is confirmed may not have been flushed there.  Of
+ * what it is not known how much it is, the backlog's counters are reconciled later.
  */
 static void
 ResetUnsealed(Feed *feed, uint64 watermark)
 {
-	const Unsealed &was = feed->unsealed;
+	Unsealed was = feed->unsealed;
 
-	if (was.since != 0 && watermark < was.to)
-		queue::CountAgain(*feed->shared, was.transactions, was.changes, was.bytes);
 	feed->unsealed = {};
 	feed->passed_unsealed = 0; /* all of it is read again */
 	if (!feed->relaxed_there || watermark <= pg_atomic_read_u64(&feed->shared->confirmed))
 		queue::Acknowledged(*feed->shared, watermark);
 	else
 	{
+		if (watermark >= was.to)
+			feed->unsealed = {0, false, false, 0, was.transactions, was.changes, was.bytes};
 		NoteUnsealed(feed, watermark);
-		feed->unsealed.found = true;
+		feed->unsealed.first = true;
 	}
 }
 

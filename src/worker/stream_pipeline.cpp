@@ -188,13 +188,17 @@ FillShipment(Session *session, Shipment *shipment, const Budget &budget)
 {
 	Feed *feed = &session->feed;
 
-	if (feed->unsealed.found)
-		return SealNow(feed, shipment);
-	if (!NextShipment(feed, shipment, budget))
-		return SweepShipment(feed, shipment) || SealShipment(feed, shipment);
-	if (!Narrowing(session))
-		Relax(feed, shipment, IsFull(shipment, budget));
-	return true;
+	if (SealShipment(feed, shipment, session->lanes.draining))
+		return true;
+	if (!feed->unsealed.first && NextShipment(feed, shipment, budget))
+	{
+		if (!Narrowing(session))
+			Relax(feed, shipment, IsFull(shipment, budget));
+		return true;
+	}
+	return feed->unsealed.first
+			   ? SealNow(feed, shipment)
+			   : SweepShipment(feed, shipment) || SealShipment(feed, shipment, false);
 }
 
 /* Fill and send one more batch; false when there is nothing to send. */
@@ -211,6 +215,7 @@ StartOne(Session *session)
 		session->lanes.draining = false;
 		return false;
 	}
+	session->feed.unsealed.sealing |= !shipment->relaxed;
 	session->outstanding++;
 	NoteStart(&session->pace, shipment->transactions);
 	ChooseLane(session, budget);

@@ -142,7 +142,8 @@ WatchSilence(Session *session)
 	failure.message = psprintf("the peer has not answered for %lld ms, and does not work on it",
 							   (long long) Patience(session));
 	failure.hint = pstrdup("mmrepl.reply_timeout bounds the silence.");
-	session->group_limit = Max(session->shipments[0].transactions / 2, 1);
+	if (session->shipments[0].transactions > 0)
+		session->group_limit = Max(session->shipments[0].transactions / 2, 1);
 	session->silences++;
 	Fail(session, &failure, false);
 }

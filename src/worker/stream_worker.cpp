@@ -215,7 +215,7 @@ Timeout(const Session *session)
 	if (uint64 looks_at = LooksAt(session, now); looks_at != 0 && looks_at != shmem::kHeedless)
 		due = due == 0 ? (TimestampTz) looks_at : Min(due, (TimestampTz) looks_at);
 	if (TimestampTz seal = SealDueAt(&session->feed);
-		seal != 0 && session->conn != NULL && MayStart(session))
+		seal != 0 && session->conn != NULL && session->holds_lock && MayStart(session))
 		due = due == 0 ? seal : Min(due, seal);
 	if (TimestampTz rest = LanesRestAt(session); rest != 0)
 		due = due == 0 ? rest : Min(due, rest);

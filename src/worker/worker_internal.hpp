@@ -18,14 +18,15 @@ namespace mmrepl::worker
 /*
  * What the peer has committed, and would lose in a crash: it has not flushed it, as
  * far as is known.  None of it is confirmed.  The next commit that is flushed there
- * seals it, and that comes within a bounded time.
+ * seals it.
  */
 struct Unsealed
 {
 	TimestampTz since; /* 0: there is nothing of the kind */
-	bool found;		   /* by a greeting: it is sealed before anything else is sent */
+	bool first;		   /* it is to be sealed before anything else is sent */
+	bool sealing;	   /* a batch that will do so is on its way */
 	uint64 to;
-	int64 transactions; /* that are off the backlog's counters; changes and bytes, too */
+	int64 transactions; /* of it, on the backlog's counters until then */
 	int64 changes;
 	int64 bytes;
 };
@@ -150,14 +151,15 @@ bool SweepShipment(Feed *feed, Shipment *shipment);
  */
 void Relax(Feed *feed, Shipment *shipment, bool full);
 
-/* When what is unsealed is to be sealed at the latest; 0: nothing is. */
+/* When a seal is due though nobody waits for it; 0: never. */
 TimestampTz SealDueAt(const Feed *feed);
 
 /*
- * A batch without changes whose commit seals what is unsealed: when that is due, or
+ * A batch without changes whose commit seals what is unsealed: if that is due, or
+ * somebody waits (a while longer if more is to be sent: that would seal it, too), or
  * now.  False: there is nothing to seal, or it can wait.
  */
-bool SealShipment(Feed *feed, Shipment *shipment);
+bool SealShipment(Feed *feed, Shipment *shipment, bool more);
 bool SealNow(Feed *feed, Shipment *shipment);
 
 /* The peer has it: positions, counters, late heads. */

@@ -16,6 +16,7 @@ use Test::More;
 my ($alpha, $beta) = MmreplCluster->new_pair(conf => q{
 	mmrepl.retry_min_delay = '20ms'
 	mmrepl.retry_max_delay = '200ms'
+	mmrepl.batch_size = '64kB'
 	autovacuum = off
 	checkpoint_timeout = '1h'
 });
@@ -85,14 +86,14 @@ section 'a crash before the seal' => sub {
 	my $id = insert();
 	ok(await_fault($alpha, $fault), 'it is to be sealed');
 	is(query($alpha, 'SELECT count(*) FROM mmrepl.sync_err_rec'), '1', 'until then it is kept here');
-	is($alpha->stat('beta', 'queue_transactions'), '0', 'though it does not count as waiting');
+	is($alpha->stat('beta', 'queue_transactions'), '1', 'and counts as waiting');
 	query($alpha, "UPDATE item SET n = n + 1 WHERE id = $id");
 	crash();
 	ok(!has($id), 'the peer has lost it');
 	arm_fault($alpha, $begins);
 	release_fault($alpha, $fault);
 	ok(await_fault($alpha, $begins), 'the worker begins again');
-	is($alpha->stat('beta', 'queue_transactions'), '2', 'what was lost counts again');
+	is($alpha->stat('beta', 'queue_transactions'), '2', 'what was lost still counts');
 	release_fault($alpha, $begins);
 	mended('it comes again');
 	disarm_faults($alpha);
@@ -155,6 +156,58 @@ section 'deal_sync_err_rec() seals' => sub {
 	crash();
 	ok(has($id), 'it is there after a crash');
 	query($alpha, q{SELECT mmrepl.resume('beta')});
+	mended('after that');
+};
+
+# Behind what was applied comes a batch that stands still.
+sub waits_for_nobody
+{
+	my ($name, $next) = @_;
+	my $fault = 'worker-unsealed:wait:1';
+	my $holder = $beta->session;
+
+	$holder->ok('BEGIN; SELECT FROM item WHERE id = 1 FOR UPDATE');
+	arm_fault($alpha, $fault);
+	insert();
+	ok(await_fault($alpha, $fault), "$name: a row is applied");
+	my $waiter = $alpha->session;
+
+	$waiter->start(q{SELECT mmrepl.wait_for_replay('beta', '1 min')});
+	$alpha->poll_ok(q{SELECT count(*) = 1 FROM pg_stat_activity WHERE query LIKE 'SELECT mmrepl.wait%' AND wait_event = 'Extension'},
+		"$name: somebody waits for it");
+	query($alpha, $next);
+	release_fault($alpha, $fault);
+	is(($waiter->finish)[0], 't', "$name: and waits for nothing else");
+	$beta->poll_ok('SELECT count(*) = 1 FROM pg_locks WHERE NOT granted', "$name: what is behind it does");
+	$holder->ok('COMMIT');
+	$_->quit foreach $holder, $waiter;
+	disarm_faults($alpha);
+	mended($name);
+	return;
+}
+
+section 'what is applied waits for nothing behind it' => sub {
+	waits_for_nobody('a row', 'UPDATE item SET n = n + 1 WHERE id = 1');
+	waits_for_nobody('a large transaction',
+		'UPDATE item SET n = n + 1 WHERE id = 1; INSERT INTO item SELECT g, 0 FROM generate_series(100001, 120000) g');
+};
+
+section 'a server is not dropped before the seal' => sub {
+	my $fault = 'worker-unsealed:wait:1';
+
+	arm_fault($alpha, $fault);
+	my $id = insert();
+	ok(await_fault($alpha, $fault), 'a row is applied');
+	like(
+		$alpha->fails('postgres', q{
+			BEGIN;
+			SELECT mmrepl.drop_pair('item', 'beta');
+			DROP USER MAPPING FOR CURRENT_USER SERVER beta;
+			DROP SERVER beta;
+			COMMIT}),
+		qr/2BP01.*queued for it: 1/s, 'it is refused');
+	release_fault($alpha, $fault);
+	disarm_faults($alpha);
 	mended('after that');
 };
 
