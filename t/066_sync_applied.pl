@@ -149,6 +149,24 @@ section 'what COMMIT waits for' => sub {
 	$session->quit;
 };
 
+section 'a server is not dropped before the flush' => sub {
+	my $session = warm();
+
+	hold();
+	$session->ok('UPDATE account SET n = n + 1 WHERE id = 19');
+	like(
+		$alpha->fails(
+			'postgres', q{
+			BEGIN;
+			SELECT mmrepl.drop_pair('account', 'beta'), mmrepl.drop_pair('queued', 'beta');
+			DROP USER MAPPING FOR CURRENT_USER SERVER beta;
+			DROP SERVER beta;
+			COMMIT}),
+		qr/2BP01.*may not be flushed/s, 'it is refused');
+	$session->quit;
+	go_on();
+};
+
 section 'who executes at the peer next' => sub {
 	my $session = warm();
 	my $late;

@@ -9,6 +9,7 @@
  */
 #include "registration_internal.hpp"
 
+#include "mmrepl/queue.hpp"
 #include "mmrepl/shmem.hpp"
 #include "mmrepl/stats.hpp"
 
@@ -112,6 +113,15 @@ PreparedThere(int32 stream)
 	return slot < 0 ? 0 : shmem::Get().streams[slot].n_leftovers;
 }
 
+/* Whether the peer would lose in a crash what nothing here would then bring again. */
+bool
+MayBeLostThere(int32 stream)
+{
+	int slot = shmem::Ready() ? shmem::FindStream(MyDatabaseId, stream) : -1;
+
+	return slot >= 0 && !queue::AllFlushed(shmem::Get().streams[slot]);
+}
+
 /* This database's node id. */
 char *
 NodeText()
@@ -139,6 +149,10 @@ RemoveStream(const catalog::StreamRow *stream, bool restricted)
 				   psprintf("Transactions that are queued for it: " UINT64_FORMAT ".", queued),
 				   psprintf("SELECT mmrepl.wait_for_replay(%s); or DROP SERVER ... CASCADE to "
 							"discard them.",
+							quote_literal_cstr(server)));
+	if (restricted && MayBeLostThere(stream->id))
+		RefuseDrop(server, "The last transactions are there, but may not be flushed yet.",
+				   psprintf("SELECT mmrepl.wait_for_replay(%s); or DROP SERVER ... CASCADE.",
 							quote_literal_cstr(server)));
 	if (prepared > 0)
 		ereport(WARNING,

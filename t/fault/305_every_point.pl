@@ -92,8 +92,7 @@ sub round
 		}
 		revive();
 		@left = unfired(@faults) or last;
-		$nodes[$_]->stop('fast', fail_ok => 1) foreach @left;
-		$nodes[$_]->{_pid} = undef foreach @left;
+		shut_down($nodes[$_]) foreach @left;
 		bring_back($nodes[$_]) foreach @left;
 	}
 	my @missed = map { $nodes[$_]->name . ":$faults[$_]" } unfired(@faults);

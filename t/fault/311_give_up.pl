@@ -289,8 +289,7 @@ sub cycle
 # What only a start, or a row that somebody else has changed, brings about.
 sub cycle_after_start
 {
-	$alpha->stop('fast', fail_ok => 1);
-	$alpha->{_pid} = undef;
+	shut_down($alpha);
 	bring_back($alpha);
 	revive();
 	query($alpha, q{UPDATE mmrepl.stream SET resync_since = now(), resync_reason = 'max_queue_size, by hand'});

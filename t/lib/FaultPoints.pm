@@ -17,7 +17,7 @@ use Test::More;
 use Time::HiRes qw(usleep);
 
 our @EXPORT = qw(fault_points arm_fault disarm_faults fired firing await_fault
-  release_fault forget_fault bring_back comes_back is_down until_true query);
+  release_fault forget_fault shut_down bring_back comes_back is_down until_true query);
 
 # Names of the points on the way by which a queue is given up, and of resync(): they
 # are the business of t/fault/311_give_up.pl, all others that of 305_every_point.pl.
@@ -210,6 +210,18 @@ sub is_gone
 	return 0 unless $state =~ /[ZX]/;
 	open(my $comm, '<', "/proc/$parent/comm") or return 1;
 	return (<$comm> // '') !~ /^postgres/;
+}
+
+# Stop a server that may be restarting itself after a crash.  A fast shutdown that
+# comes just when it has recovered is never finished by PostgreSQL 15.
+sub shut_down
+{
+	my ($node) = @_;
+	local $ENV{PGCTLTIMEOUT} = 20;
+
+	$node->stop('fast', fail_ok => 1) || $node->stop('immediate', fail_ok => 1);
+	$node->{_pid} = undef;
+	return;
 }
 
 # Start a server whose postmaster was killed.  Its children may still be ending.
