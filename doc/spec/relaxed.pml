@@ -14,6 +14,7 @@
  *	 PEER		how often the peer dies
  *	 CRASHES	how often the source dies
  *	 BREAKS		how often the worker loses its connection, or a batch fails
+ *	 SERIAL		transactions begin one after the other; connections are made at any time
  *	 FLUSHED	batches of the worker may be flushed, not seals alone
  *	 TRAP_n		a mistake, see README.md
  */
@@ -62,6 +63,7 @@ byte aborted;	   /* or nothing */
 byte confirmed;	   /* Stream.confirmed */
 byte last_queued;  /* Stream.last_queued */
 byte last_applied; /* Stream.last_applied */
+byte applied_to;   /* Stream.applied: the worker's, which no crash of the peer takes back */
 
 byte ended;		  /* sessions that are at their end */
 byte dead;		  /* those that died with the source */
@@ -74,7 +76,7 @@ bool finished;
  * Its tables and its watermark as its WAL has them: [0] is flushed, [i] is what the
  * i-th commit behind it made of them.  A crash takes any number of the last ones.
  */
-#define WAL 6
+#define WAL (3 * N) /* checked */
 byte wal_rows[WAL];
 byte wal_mark[WAL];
 byte end;
@@ -254,47 +256,68 @@ inline ConnectStampFirst(my_life, stamp)
 #define RESOLVED(upto) !(IN_FLIGHT(0, upto) || IN_FLIGHT(1, upto))
 #endif
 
+/* AppliedUpTo */
+#define AT_LEAST_APPLIED(upto) (confirmed >= (upto) || applied_to >= (upto))
+
 /* Whether this connection proves that what is not confirmed is there. */
 #ifdef TRAP_5
-#define PROVES (!strictly && my_life != 0)
+#define PROVES true
+#elif defined(TRAP_14)
+#define PROVES (confirmed >= (stamp < goal -> stamp : goal))
 #else
-#define PROVES                                                                                     \
-	(!strictly && my_life != 0 && confirmed >= (stamp < last_applied -> stamp : last_applied))
+#define PROVES (confirmed >= (stamp < last_applied -> stamp : last_applied))
+#endif
+
+/* What the worker has had applied counts for a connection, not for good. */
+#ifdef TRAP_12
+#define FOR_GOOD_UPTO AT_LEAST_APPLIED
+#else
+#define FOR_GOOD_UPTO(upto) (confirmed >= (upto))
+#endif
+
+#ifdef SERIAL
+#define MY_TURN(i) (ended & (BIT(i) - 1)) == BIT(i) - 1
+#else
+#define MY_TURN(i) skip
 #endif
 
 proctype Session(byte i)
 {
 	byte my_life = 0, stamp = 0; /* the cached connection */
-	byte goal = 0, late_goal = 0;
+	byte goal = 0, late_goal = 0, seen = 0;
 	bool strictly = false; /* ask without regard to the connection */
 	bool any = false;	   /* only_serial is 0: the fence was strict */
 	bool good = false;
 
 	{
 	if
-	:: !INLINED(i) -> goto commit
+	:: !INLINED(i) -> MY_TURN(i); goto commit
 	:: INLINED(i) -> skip
 	:: INLINED(i) -> ConnectSession(my_life, stamp) /* for an earlier transaction */
 	fi;
 
+	MY_TURN(i);
 	deps[i] = vis;
 fence: /* PassFence: the looks of Reached, in their order; for the connection, or for good */
 	atomic { goal = last; late_goal = vis & LATE };
 	(late_goal & ~removed) == 0;
 	if
-	:: atomic { confirmed >= goal -> any = true }
+	:: confirmed >= goal
 	:: atomic { confirmed < goal && RESOLVED(goal) -> skip };
-		confirmed >= last_queued; /* !HasQueued */
-		atomic {
-			if
-			:: confirmed >= last_applied -> any = true
-			:: confirmed < last_applied && PROVES -> any = false
-			fi
-		}
+#ifdef TRAP_14
+		goal = last_applied;
+#endif
+		seen = last_queued;
+		if
+		:: my_life != 0 && !strictly -> AT_LEAST_APPLIED(seen); PROVES
+		:: my_life == 0 || strictly -> FOR_GOOD_UPTO(seen); FOR_GOOD_UPTO(last_applied)
+		fi
 	fi;
+	seen = last_applied; /* AllFlushed */
+	any = (my_life == 0 || strictly || confirmed >= seen);
 	/* Flush: over this connection, or, if the fence was strict, over any. */
 	atomic {
-		goal = 0; late_goal = 0;
+		goal = 0; late_goal = 0; seen = 0;
 		if
 		:: my_life == life -> CheckDue(i); goto commit
 		:: my_life != life && any -> skip
@@ -362,7 +385,8 @@ over:
 	} unless { HAS(dead, i) };
 	d_step {
 		ended = ended | BIT(i);
-		my_life = 0; stamp = 0; goal = 0; late_goal = 0; strictly = false; any = false; good = false
+		my_life = 0; stamp = 0; goal = 0; late_goal = 0; seen = 0;
+		strictly = false; any = false; good = false
 	}
 }
 
@@ -500,16 +524,31 @@ connect:
 		:: t < N && PREPARED(t) -> removed = removed | BIT(t); late_sent = false /* RemoveLate */
 		:: else
 		fi;
+		t = 0;
 		if
 #ifdef TRAP_1
-		:: true -> Confirm(upto)
+		:: true -> Confirm(upto); upto = 0
 #else
-		:: !relaxed -> Confirm(upto)
+		:: !relaxed -> Confirm(upto); upto = 0
 		:: relaxed
 #endif
 		fi;
-		t = 0; upto = 0; relaxed = false
+		relaxed = false
 	}
+	/* NoteApplied: two steps, before anything else is looked at */
+	if
+	:: upto > 0 ->
+#ifdef TRAP_11
+		d_step { Raise(applied_to, upto) };
+		d_step { Raise(last_applied, upto); upto = 0 }
+#else
+#ifndef TRAP_13
+		d_step { Raise(last_applied, upto) };
+#endif
+		d_step { Raise(applied_to, upto); upto = 0 }
+#endif
+	:: upto == 0
+	fi
 	:: atomic { FROM_TABLES(0) -> Ship(0) }
 	:: atomic { FROM_TABLES(1) -> Ship(1) }
 	:: atomic { COMMITTED(0) -> Ship(0) }
@@ -599,6 +638,7 @@ end_fate:
 		confirmed = 0; /* the stream's row may be as far behind */
 		last_queued = last;
 		last_applied = 0;
+		applied_to = 0;
 		worker_dead = true;
 		do
 		:: nempty(wire) ->
