@@ -297,6 +297,28 @@ section 'all kinds on one stream' => sub {
 	$_->quit foreach ($applied, $flushed);
 };
 
+section 'a peer that is back' => sub {
+	my $session = warm();
+
+	$alpha->safe_psql('postgres', "ALTER SYSTEM SET $_ = '10 min'") foreach qw(mmrepl.retry_min_delay mmrepl.retry_max_delay);
+	$alpha->reload;
+	$alpha->poll_ok(q{SELECT current_setting('mmrepl.retry_min_delay') = '10min'}, 'the worker would try again much later');
+	my $writer = stop_wal_writer();
+
+	$session->ok('UPDATE account SET n = n + 1 WHERE id = 18');
+	crash_peer($writer);
+	$alpha->poll_ok(
+		q{SELECT state = 'retrying' AND last_error_at < clock_timestamp() - interval '1 s'
+		  FROM mmrepl.pg_stat_mmrepl WHERE server = 'beta'}, 'it has failed');
+	bring_back($beta);
+	$session->ok('UPDATE account SET n = n + 1 WHERE id = 18');
+	is(there('SELECT n FROM account WHERE id = 18'), '2', 'it tries at once for who needs it');
+	$alpha->safe_psql('postgres', "ALTER SYSTEM RESET $_") foreach qw(mmrepl.retry_min_delay mmrepl.retry_max_delay);
+	$alpha->reload;
+	judge('a peer that is back');
+	$session->quit;
+};
+
 # An older build of the extension at the peer.
 section 'a peer that flushes always' => sub {
 	there(

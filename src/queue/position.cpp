@@ -198,6 +198,7 @@ AwaitStep(shmem::Stream &stream, const Goal &goal, long timeout)
 		shmem::WakeWorker(stream);
 	ConditionVariableTimedSleep(for_worker ? &stream.confirmed_cv : &stream.settled_cv, timeout,
 								PG_WAIT_EXTENSION);
+	pg_memory_barrier(); /* who settles a ticket sees us there, or we see it settled */
 }
 
 bool

@@ -244,6 +244,14 @@ WantsWake(shmem::Stream &stream, const Outgoing *out)
 	return looks_at != shmem::kHeedless && !out->delivered;
 }
 
+/* Whoever stands there looks at the tickets in flight behind a full barrier, we at him behind another. */
+static void
+TellSettled(shmem::Stream &stream)
+{
+	if (!proclist_is_empty(&stream.settled_cv.wakeup))
+		ConditionVariableBroadcast(&stream.settled_cv);
+}
+
 /* Wake who waits for the part's settlement: the worker, and sessions at the fence. */
 static void
 WakeFor(const Outgoing *out)
@@ -258,7 +266,7 @@ WakeFor(const Outgoing *out)
 
 	if (WantsWake(stream, out))
 		shmem::WakeWorker(stream);
-	ConditionVariableBroadcast(&stream.settled_cv);
+	TellSettled(stream);
 }
 
 void
@@ -276,7 +284,7 @@ SettleTicket(Outgoing **parts, int n_parts)
 		WakeFor(parts[i]);
 	if (pg_atomic_read_u32(&shmem::MySlot().everyone)) /* others took it for theirs, too */
 		for (int i = 0; i < guc::max_servers; i++)
-			ConditionVariableBroadcast(&shmem::Get().streams[i].settled_cv);
+			TellSettled(shmem::Get().streams[i]);
 }
 
 uint64

@@ -167,6 +167,38 @@ Passed(Work *work, const shmem::Stream &stream, uint64 serial)
 }
 
 /*
+ * The worker has failed and waits before it tries again; the peer may be back since.
+ * It tries now, unless it has just done so, and a try that fails at once is awaited.
+ * Whether it got on.
+ */
+static bool
+HurryRetry(shmem::Stream &stream)
+{
+	constexpr int kEvery = 1000;   /* ms */
+	constexpr int kPatience = 200; /* ms */
+	TimestampTz until = connection::DeadlineIn(kPatience);
+
+	SpinLockAcquire(&stream.mutex);
+	int failures = stream.consecutive_failures;
+	TimestampTz failed_at = stream.last_error_at;
+	SpinLockRelease(&stream.mutex);
+	if (!TimestampDifferenceExceeds(failed_at, GetCurrentTimestamp(), kEvery))
+		return false;
+	shmem::RequestRetry(stream);
+	for (;;)
+	{
+		(void) queue::WaitConfirmed(stream, queue::CurrentGoal(stream),
+									connection::DeadlineIn(kPatience / 20));
+		SpinLockAcquire(&stream.mutex);
+		bool retrying = stream.state == shmem::WorkerState::Retrying;
+		bool failed = stream.consecutive_failures != failures;
+		SpinLockRelease(&stream.mutex);
+		if (!retrying || failed || GetCurrentTimestamp() >= until)
+			return !retrying;
+	}
+}
+
+/*
  * The fence: all that was committed here on the stream before now must be at the
  * peer.  False, with the reason, when it is not and waiting is of no use or took
  * too long.
@@ -195,6 +227,8 @@ PassFence(Work *work, bool for_good, connection::Failure *failure)
 	int bound = DeadlockBound(stream);
 	bool locked = false;
 
+	if (state == shmem::WorkerState::Retrying && queue::NeedsWorker(stream, sight.goal))
+		stuck = !HurryRetry(stream);
 	if (!(stuck && queue::NeedsWorker(stream, sight.goal)) &&
 		AwaitGoal(stream, sight.goal, bound, &locked))
 		return Passed(work, stream, serial);

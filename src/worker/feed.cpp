@@ -125,7 +125,8 @@ TakeChunked(Feed *feed, Shipment *shipment, const queue::Place &place, const Wai
 	bool large = place.bytes > (uint64) budget.bytes;
 
 	/* It may take long, and nothing that was applied before shall wait for that. */
-	feed->unsealed.first |= large && feed->unsealed.since != 0 && !feed->unsealed.sealing;
+	feed->unsealed.first |=
+		large && !feed->unsealed.sealing && (feed->unsealed.since != 0 || feed->relaxed_sent > 0);
 	if (large && feed->unsealed.first)
 		return false;
 	if (shipment->transactions > 0 &&
@@ -482,6 +483,8 @@ Fill(Feed *feed, Shipment *shipment, const Budget &budget)
 		else
 			FillFromRing(feed, shipment, budget);
 	});
+	if (feed->passed_unsealed > start)
+		MMREPL_FAULT_POINT("feed-passed");
 	if (PausedNow(feed) || (!tables && LateWork(feed)))
 	{
 		ReadAgain(feed, start);

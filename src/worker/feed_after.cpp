@@ -70,6 +70,7 @@ Relax(Feed *feed, Shipment *shipment, bool full)
 		UnsealedFor(feed, hurry ? kSealSoonAfter : kSealAfter))
 		return;
 	shipment->relaxed = true;
+	feed->relaxed_sent++;
 	delivery::SetRelaxed(&shipment->batch);
 }
 
@@ -94,7 +95,7 @@ SealShipment(Feed *feed, Shipment *shipment, bool more)
 bool
 SealNow(Feed *feed, Shipment *shipment)
 {
-	if (feed->unsealed.since == 0)
+	if (feed->unsealed.since == 0 && feed->relaxed_sent == 0)
 		return false;
 	feed->unsealed.first = false;
 	MakeEmpty(feed, shipment);
@@ -166,6 +167,7 @@ Applied(Feed *feed, Shipment *shipment)
 	NoteLag(stream, shipment->last_ticket);
 	if (shipment->relaxed)
 	{
+		feed->relaxed_sent--;
 		NoteUnsealed(feed, shipment->confirm_to);
 		queue::NoteApplied(stream, shipment->confirm_to);
 		MMREPL_FAULT_POINT("worker-unsealed");

@@ -59,6 +59,7 @@ ReadAgain(Feed *feed, uint64 position)
 {
 	DropRefs(feed);
 	feed->position = position;
+	feed->passed_unsealed = Min(feed->passed_unsealed, position);
 	if (feed->surveyed && !queue::RewindSurvey(&feed->survey, position))
 		DropSurvey(feed);
 }
@@ -142,6 +143,7 @@ ResetUnsealed(Feed *feed, uint64 watermark)
 	Unsealed was = feed->unsealed;
 
 	feed->unsealed = {};
+	feed->relaxed_sent = 0;
 	feed->passed_unsealed = 0; /* all of it is read again */
 	if (!feed->relaxed_there || watermark <= pg_atomic_read_u64(&feed->shared->confirmed))
 		queue::Acknowledged(*feed->shared, watermark);

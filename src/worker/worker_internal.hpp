@@ -50,6 +50,7 @@ struct Feed
 	uint64 watermark;	/* of the peer once all batches made so far are applied */
 	bool relaxed_there; /* the peer knows of commits that are not flushed */
 	Unsealed unsealed;
+	int relaxed_sent;		/* relaxed batches on their way */
 	uint64 opened_at;		/* last ticket drawn when the newest of our connections stood */
 	uint64 passed_unsealed; /* newest ticket passed that a session applied; 0: none */
 	bool from_tables;

@@ -163,6 +163,24 @@ section 'the worker connects between the commit at the peer and its settlement' 
 	eval { $session->quit };
 };
 
+# What was passed is taken back by the pause: nothing is left to be sealed.
+section 'a pause while the worker passes' => sub {
+	my ($session, $id) = (warm(), $next++);
+	my $fault = 'feed-passed:wait:1';
+
+	arm_fault($alpha, $fault);
+	until_true(sub { query($alpha, 'SHOW mmrepl.fault') eq $fault }) or fail("$fault is set");
+	$session->ok("INSERT INTO account VALUES ($id, 1)");
+	ok(await_fault($alpha, $fault), 'the worker passes what was applied');
+	here(q{SELECT mmrepl.pause('beta')});
+	disarm_faults($alpha);
+	is( here(q{SET statement_timeout = '20s'; SELECT mmrepl.deal_sync_err_rec(1)}),
+		't', 'it lets the ordering lock go');
+	here(q{SELECT mmrepl.resume('beta')});
+	judge('a pause');
+	$session->quit;
+};
+
 ok(!$_->log_contains(qr/PANIC|TRAP:/), 'no crash of its own in the log of ' . $_->name) foreach ($alpha, $beta);
 $_->stop('fast') foreach ($alpha, $beta);
 

@@ -53,6 +53,16 @@ sub has
 	return query($beta, "SELECT count(*) FROM item WHERE id = $id") eq '1';
 }
 
+# The fault is in force for the worker: it is told before new sessions are made.
+sub arm
+{
+	my ($fault) = @_;
+
+	arm_fault($alpha, $fault);
+	until_true(sub { query($alpha, 'SHOW mmrepl.fault') eq $fault }) or fail("$fault is set");
+	return;
+}
+
 # A row that the peer shows, and its id.
 sub insert
 {
@@ -81,7 +91,7 @@ section 'a crash before the seal' => sub {
 	my $fault = 'seal-built:wait:1';
 	my $begins = 'feed-reset:wait:1';
 
-	arm_fault($alpha, $fault);
+	arm($fault);
 	stop_flushing();
 	my $id = insert();
 	ok(await_fault($alpha, $fault), 'it is to be sealed');
@@ -90,7 +100,7 @@ section 'a crash before the seal' => sub {
 	query($alpha, "UPDATE item SET n = n + 1 WHERE id = $id");
 	crash();
 	ok(!has($id), 'the peer has lost it');
-	arm_fault($alpha, $begins);
+	arm($begins);
 	release_fault($alpha, $fault);
 	ok(await_fault($alpha, $begins), 'the worker begins again');
 	is($alpha->stat('beta', 'queue_transactions'), '2', 'what was lost still counts');
@@ -117,11 +127,11 @@ section 'what the peer has when it is greeted need not be flushed' => sub {
 	my $dies = 'worker-unsealed:fatal:1';
 	my $seals = 'seal-built:wait:1';
 
-	arm_fault($alpha, $dies);
+	arm($dies);
 	stop_flushing();
 	my $id = insert();
 	ok(await_fault($alpha, $dies), 'the worker dies before the seal');
-	arm_fault($alpha, $seals);
+	arm($seals);
 	ok(await_fault($alpha, $seals), 'the next one seals it');
 	is(query($alpha, 'SELECT count(*) FROM mmrepl.sync_err_rec'), '1', 'until then it is kept here');
 	crash();
@@ -146,7 +156,7 @@ section 'a pause seals' => sub {
 section 'deal_sync_err_rec() seals' => sub {
 	my $fault = 'worker-unsealed:fatal:1';
 
-	arm_fault($alpha, $fault);
+	arm($fault);
 	stop_flushing();
 	my $id = insert();
 	ok(await_fault($alpha, $fault), 'the worker dies before the seal');
@@ -167,7 +177,7 @@ sub waits_for_nobody
 	my $holder = $beta->session;
 
 	$holder->ok('BEGIN; SELECT FROM item WHERE id = 1 FOR UPDATE');
-	arm_fault($alpha, $fault);
+	arm($fault);
 	insert();
 	ok(await_fault($alpha, $fault), "$name: a row is applied");
 	my $waiter = $alpha->session;
@@ -195,7 +205,7 @@ section 'what is applied waits for nothing behind it' => sub {
 section 'a server is not dropped before the seal' => sub {
 	my $fault = 'worker-unsealed:wait:1';
 
-	arm_fault($alpha, $fault);
+	arm($fault);
 	my $id = insert();
 	ok(await_fault($alpha, $fault), 'a row is applied');
 	like(
