@@ -146,8 +146,9 @@ my @goals = (
 	(
 		map {
 			my $rows = $_;
-			map { [ 'w5', 'mmrepl-sync', "ms_$rows", $_, -1 ] }
-			  ('native-sync', 'native-sync-flush')
+			[ 'w5', 'mmrepl-sync',         "ms_$rows", 'native-sync-flush', -1 ],
+			[ 'w5', 'mmrepl-sync-applied', "ms_$rows", 'native-sync',       -1 ],
+			[ 'w5', 'mmrepl-sync',         "ms_$rows", 'native-sync',       -1 ],
 		} (1, 10, 100, 10000)),
 	[ 'distance', 'mmrepl-sync', 'trips_bulk', 'median', -10 ],
 	[ 'w6', 'mmrepl', 'tps',       'native', 1 ],
@@ -256,7 +257,7 @@ sub goals
 		my $met = $bound < 0 ? $value <= -$bound : $value >= $bound;
 		$text .= markdown_row(
 			$workload,
-			$metric . ($form eq 'median' ? '' : $form eq 'added' ? ' added' : " ÷ $form\'s"),
+			($system eq 'mmrepl' ? '' : "$system: ") . $metric . ($form eq 'median' ? '' : $form eq 'added' ? ' added' : " ÷ $form\'s"),
 			($bound < 0 ? '≤ ' : '≥ ') . abs $bound,
 			number($value),
 			number($values[0]) . '–' . number($values[-1]),

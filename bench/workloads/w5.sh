@@ -13,7 +13,7 @@ workload_systems()
 	for name in "$@"; do
 		case $name in
 			none | none-again) echo "$name" ;;
-			mmrepl) printf '%s\n' mmrepl-sync mmrepl-sync-commit mmrepl-sync-applied ;;
+			mmrepl) printf '%s\n' mmrepl-sync mmrepl-sync-commit mmrepl-sync-applied mmrepl-sync-applied-commit ;;
 			native) printf '%s\n' native-sync native-sync-flush ;;
 			*-sync | *-sync-*) echo "$name" ;;
 		esac

@@ -79,6 +79,7 @@ sub mended
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 
 	$alpha->wait_caught_up('beta') || diag($alpha->describe('beta'));
+	$alpha->poll_state('beta', 'streaming'); # batches are relaxed again
 	$alpha->same_rows($beta, 'item', name => $name);
 	is(query($alpha, 'SELECT count(*) FROM mmrepl.sync_err_rec'), '0', "$name: nothing waits");
 	is(query($beta, 'SELECT sum(conflicts) FROM mmrepl.progress'), '0', "$name: no conflict");
@@ -86,6 +87,7 @@ sub mended
 }
 
 $alpha->wait_caught_up('beta');
+$alpha->poll_state('beta', 'streaming');
 
 section 'a crash before the seal' => sub {
 	my $fault = 'seal-built:wait:1';
