@@ -265,7 +265,7 @@ section 'a lock at the peer' => sub {
 	like($err, qr/ERROR:\s+40P01: .*HINT:\s+Retry/s, 'sync_lock_timeout: COMMIT gets 40P01');
 	peer_is_free($pid, 'sync_lock_timeout');
 
-	# The time in which the client thinks is not the peer's.
+	# The time in which the client thinks is not the peer's.  There is no event to await: time has to pass.
 	$session->ok(qq{SET mmrepl.sync_lock_timeout = '${endless}s'; SET mmrepl.sync_timeout = '3s'});
 	$session->ok('BEGIN');
 	$session->ok(update(5));
