@@ -570,7 +570,7 @@ connect:
 		below = 0;
 		seen = 0
 	}
-	/* A seal, after 100 ms or because somebody waits: a batch without a transaction */
+	/* A seal, after a while or because somebody waits: a batch without a transaction */
 	:: atomic { MAY_SEND && below == 0 && unsealed > confirmed && unsealed > sealing ->
 		SendBatch(NONE, false)
 	}

@@ -17,13 +17,22 @@ constexpr uint64 kSweepEvery = 1000; /* inline transactions */
 
 /*
  * What a crash of the peer costs at the most: this much is sent again.  The queue
- * keeps it as long.
+ * keeps it as long.  A flush is in the way of what comes behind it, so that it is left
+ * to a pause of the stream, if there is one.
  */
-constexpr int64 kSealAfter = INT64CONST(100) * 1000;
+constexpr int64 kSealAfter = USECS_PER_SEC;
+constexpr int64 kPause = INT64CONST(50) * 1000;
 constexpr int64 kSealSoonAfter =
 	INT64CONST(20) * 1000; /* while somebody waits, and more is to be sent */
 
 /* ---- commits that are not flushed ---- */
+
+/* Whether something is unsealed, and no seal is on its way. */
+static bool
+WantsSeal(const Feed *feed)
+{
+	return feed->unsealed.since != 0 && !feed->unsealed.sealing;
+}
 
 /* Whether something was unsealed so many microseconds ago, and no seal is on its way. */
 static bool
@@ -32,22 +41,23 @@ UnsealedFor(const Feed *feed, int64 time)
 	TimestampTz now = GetCurrentTimestamp();
 
 	/* Later than that it is only when the clock was set back. */
-	return feed->unsealed.since != 0 && !feed->unsealed.sealing &&
-		   (now >= feed->unsealed.since + time || now < feed->unsealed.since);
+	return WantsSeal(feed) && (now >= feed->unsealed.since + time || now < feed->unsealed.since);
 }
 
 TimestampTz
 SealDueAt(const Feed *feed)
 {
-	return feed->unsealed.since == 0 || feed->unsealed.sealing ? 0
-															   : feed->unsealed.since + kSealAfter;
+	const Unsealed &unsealed = feed->unsealed;
+
+	return WantsSeal(feed) ? Min(unsealed.since + kSealAfter, unsealed.last + kPause) : 0;
 }
 
 void
 NoteUnsealed(Feed *feed, uint64 to)
 {
+	feed->unsealed.last = GetCurrentTimestamp();
 	if (feed->unsealed.since == 0)
-		feed->unsealed.since = GetCurrentTimestamp();
+		feed->unsealed.since = feed->unsealed.last;
 	feed->unsealed.to = Max(feed->unsealed.to, to);
 }
 
@@ -90,6 +100,16 @@ SealShipment(Feed *feed, Shipment *shipment, bool more)
 	int64 time = !queue::SomebodyWaits(*feed->shared) ? kSealAfter : more ? kSealSoonAfter : 0;
 
 	return UnsealedFor(feed, time) && SealNow(feed, shipment);
+}
+
+bool
+SealInPause(Feed *feed, Shipment *shipment)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	bool due = queue::SomebodyWaits(*feed->shared) || now >= SealDueAt(feed) ||
+			   now < feed->unsealed.since; /* only when the clock was set back */
+
+	return due && WantsSeal(feed) && SealNow(feed, shipment);
 }
 
 bool

@@ -150,7 +150,7 @@ ResetUnsealed(Feed *feed, uint64 watermark)
 	else
 	{
 		if (watermark >= was.to)
-			feed->unsealed = {0, false, false, 0, was.transactions, was.changes, was.bytes};
+			feed->unsealed = {0, 0, false, false, 0, was.transactions, was.changes, was.bytes};
 		NoteUnsealed(feed, watermark);
 		feed->unsealed.first = true;
 	}

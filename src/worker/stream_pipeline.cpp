@@ -196,9 +196,8 @@ FillShipment(Session *session, Shipment *shipment, const Budget &budget)
 			Relax(feed, shipment, IsFull(shipment, budget));
 		return true;
 	}
-	return feed->unsealed.first
-			   ? SealNow(feed, shipment)
-			   : SweepShipment(feed, shipment) || SealShipment(feed, shipment, false);
+	return feed->unsealed.first ? SealNow(feed, shipment)
+								: SweepShipment(feed, shipment) || SealInPause(feed, shipment);
 }
 
 /* Fill and send one more batch; false when there is nothing to send. */

@@ -23,6 +23,7 @@ namespace mmrepl::worker
 struct Unsealed
 {
 	TimestampTz since; /* 0: there is nothing of the kind */
+	TimestampTz last;  /* when it became more */
 	bool first;		   /* it is to be sealed before anything else is sent */
 	bool sealing;	   /* a batch that will do so is on its way */
 	uint64 to;
@@ -156,11 +157,13 @@ void Relax(Feed *feed, Shipment *shipment, bool full);
 TimestampTz SealDueAt(const Feed *feed);
 
 /*
- * A batch without changes whose commit seals what is unsealed: if that is due, or
- * somebody waits (a while longer if more is to be sent: that would seal it, too), or
- * now.  False: there is nothing to seal, or it can wait.
+ * A batch without changes whose commit seals what is unsealed: if that is overdue, or
+ * somebody waits (a while longer if more is to be sent: that would seal it, too); with
+ * nothing to be sent, if that lasts for a while, or somebody waits; or now.  False: there
+ * is nothing to seal, or it can wait.
  */
 bool SealShipment(Feed *feed, Shipment *shipment, bool more);
+bool SealInPause(Feed *feed, Shipment *shipment);
 bool SealNow(Feed *feed, Shipment *shipment);
 
 /* The peer has it: positions, counters, late heads. */
