@@ -17,11 +17,13 @@ constexpr uint64 kSweepEvery = 1000; /* inline transactions */
 
 /*
  * What a crash of the peer costs at the most: this much is sent again.  The queue
- * keeps it as long.  A flush is in the way of what comes behind it, so that it is left
- * to a pause of the stream, if there is one.
+ * keeps, and shows, it as long.  A flush is in the way of what comes behind it, so that
+ * it is left to a pause of the stream, if there is one.  Of sync transactions we only
+ * hear when we look.
  */
-constexpr int64 kSealAfter = USECS_PER_SEC;
-constexpr int64 kPause = INT64CONST(50) * 1000;
+constexpr int64 kSealAfter = INT64CONST(200) * 1000;
+constexpr int64 kPause = INT64CONST(10) * 1000;
+constexpr int64 kPassedPause = INT64CONST(50) * 1000;
 constexpr int64 kSealSoonAfter =
 	INT64CONST(20) * 1000; /* while somebody waits, and more is to be sent */
 
@@ -49,23 +51,31 @@ SealDueAt(const Feed *feed)
 {
 	const Unsealed &unsealed = feed->unsealed;
 
-	return WantsSeal(feed) ? Min(unsealed.since + kSealAfter, unsealed.last + kPause) : 0;
+	return WantsSeal(feed) ? Min(unsealed.since + kSealAfter, unsealed.pause_ends) : 0;
+}
+
+static void
+NoteUnsealed(Feed *feed, uint64 to, int64 pause)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	feed->unsealed.pause_ends = now + pause;
+	if (feed->unsealed.since == 0)
+		feed->unsealed.since = now;
+	feed->unsealed.to = Max(feed->unsealed.to, to);
 }
 
 void
 NoteUnsealed(Feed *feed, uint64 to)
 {
-	feed->unsealed.last = GetCurrentTimestamp();
-	if (feed->unsealed.since == 0)
-		feed->unsealed.since = feed->unsealed.last;
-	feed->unsealed.to = Max(feed->unsealed.to, to);
+	NoteUnsealed(feed, to, kPause);
 }
 
 /* It moves no watermark of the peer, which says nothing of it. */
 void
 NotePassedUnsealed(Feed *feed, uint64 ticket)
 {
-	NoteUnsealed(feed, 0);
+	NoteUnsealed(feed, 0, kPassedPause);
 	feed->passed_unsealed = ticket;
 }
 

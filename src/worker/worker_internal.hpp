@@ -22,10 +22,10 @@ namespace mmrepl::worker
  */
 struct Unsealed
 {
-	TimestampTz since; /* 0: there is nothing of the kind */
-	TimestampTz last;  /* when it became more */
-	bool first;		   /* it is to be sealed before anything else is sent */
-	bool sealing;	   /* a batch that will do so is on its way */
+	TimestampTz since;		/* 0: there is nothing of the kind */
+	TimestampTz pause_ends; /* when it is sealed, unless it becomes more */
+	bool first;				/* it is to be sealed before anything else is sent */
+	bool sealing;			/* a batch that will do so is on its way */
 	uint64 to;
 	int64 transactions; /* of it, on the backlog's counters until then */
 	int64 changes;
