@@ -13,6 +13,7 @@ use MmreplCluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes ();
+use Unflushed;
 
 my ($alpha, $beta) = MmreplCluster->new_pair(
 	conf => q{
@@ -28,29 +29,16 @@ sub here { return $alpha->safe_psql('postgres', $_[0]) }
 sub there { return $beta->safe_psql('postgres', $_[0]) }
 
 $alpha->create_table_on_both(
-	$beta, q{
-	CREATE TABLE account (id int PRIMARY KEY, n int NOT NULL);
+	$beta, $ledger . q{
 	INSERT INTO account SELECT g, 0 FROM generate_series(1, 20) g;
-	CREATE TABLE queued (id int PRIMARY KEY);
-	CREATE TABLE written (id int, n int);
-	CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS
-	$$BEGIN INSERT INTO public.written VALUES (NEW.id, NEW.n); RETURN NULL; END$$;
-	CREATE TRIGGER note AFTER INSERT OR UPDATE ON account FOR EACH ROW EXECUTE FUNCTION note();
-	ALTER TABLE account ENABLE ALWAYS TRIGGER note});
+	CREATE TABLE queued (id int PRIMARY KEY)});
 $alpha->create_pair('account', 'beta', q{mode => 'sync'});
 $alpha->create_pair('queued', 'beta');
 $alpha->poll_state('beta', 'streaming');
 
-# A session whose connection to the peer is there, and older than what follows.
 sub warm
 {
-	my ($commit) = @_;
-	my $session = $alpha->session;
-
-	$session->ok("SET mmrepl.sync_commit = '" . ($commit || 'applied') . "'");
-	$session->ok('UPDATE account SET n = n WHERE id = 20');
-	$alpha->wait_caught_up('beta');
-	return $session;
+	return warm_session($alpha, 'beta', 'UPDATE account SET n = n WHERE id = 20', @_);
 }
 
 # The worker neither delivers nor confirms: what is not flushed stays so.
@@ -67,16 +55,6 @@ sub go_on
 	return $alpha->wait_caught_up('beta');
 }
 
-# Without the WAL writer nothing is flushed at the peer but what somebody waits for.
-sub stop_wal_writer
-{
-	my $pid = there(q{SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'});
-
-	there('CHECKPOINT');
-	kill('STOP', $pid);
-	return $pid;
-}
-
 # Whether the peer has flushed what the code does.
 sub flushes
 {
@@ -87,28 +65,11 @@ sub flushes
 	return there("SELECT pg_current_wal_flush_lsn() > '$before'");
 }
 
-# The peer forgets whatever is not flushed.
-sub crash_peer
-{
-	my ($wal_writer) = @_;
-
-	kill('KILL', $wal_writer);
-	until_true(sub { is_down($beta) });
-	return;
-}
-
 sub judge
 {
-	my ($name) = @_;
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 
-	$alpha->wait_caught_up('beta');
-	$alpha->same_rows($beta, $_, name => "$name: $_ is equal") foreach ('account', 'queued');
-	is(there('SELECT sum(conflicts) FROM mmrepl.progress'), '0', '... without a conflict');
-	is(there(q{SELECT count(*) FROM (SELECT FROM written WHERE n > 0 GROUP BY id, n HAVING count(*) > 1) twice}),
-		'0', '... each change is there once');
-	is(here(q{SELECT count(*) FROM mmrepl.in_doubt}), '0', '... nothing is in doubt');
-	return;
+	return judge_ledger($alpha, $beta, $_[0], 'account', 'queued');
 }
 
 ###############################################################################
@@ -117,7 +78,7 @@ section 'what COMMIT waits for' => sub {
 	my $session = warm();
 
 	hold();
-	my $writer = stop_wal_writer();
+	my $writer = stop_flushing($beta);
 	my $update = sub { my ($id) = @_; return sub { $session->ok("UPDATE account SET n = n + 1 WHERE id = $id") } };
 
 	is(flushes($update->(1)), 'f', q{'applied': not until the peer has flushed it});
@@ -218,11 +179,11 @@ section 'the peer crashes' => sub {
 	$posting->ok(q{SET mmrepl.sync_flush = 'commit'});
 	$alpha->wait_caught_up('beta');
 	hold();
-	my $writer = stop_wal_writer();
+	my $writer = stop_flushing($beta);
 	$session->ok("INSERT INTO account VALUES ($_, 1)") foreach (30 .. 34);
 	$session->ok('UPDATE account SET n = n + 1 WHERE id = 30') foreach (1 .. 5);
 	is(there('SELECT count(*) FROM account WHERE id >= 30'), '5', 'acknowledged, and there');
-	crash_peer($writer);
+	lose_unflushed($beta, $writer);
 	bring_back($beta);
 	is(there('SELECT count(*) FROM account WHERE id >= 30'), '0', 'the peer has lost it');
 
@@ -254,11 +215,11 @@ section 'both crash' => sub {
 	my $session = warm();
 
 	hold();
-	my $writer = stop_wal_writer();
+	my $writer = stop_flushing($beta);
 	$session->ok("INSERT INTO account VALUES ($_, 1)") foreach (40 .. 44);
 	$session->ok('UPDATE account SET n = n + 1 WHERE id = 40') foreach (1 .. 5);
 	$alpha->stop('immediate');
-	crash_peer($writer);
+	lose_unflushed($beta, $writer);
 	eval { $session->quit };
 	bring_back($beta);
 	is(there('SELECT count(*) FROM account WHERE id >= 40'), '0', 'the peer has lost it');
@@ -303,10 +264,10 @@ section 'a peer that is back' => sub {
 	$alpha->safe_psql('postgres', "ALTER SYSTEM SET $_ = '10 min'") foreach qw(mmrepl.retry_min_delay mmrepl.retry_max_delay);
 	$alpha->reload;
 	$alpha->poll_ok(q{SELECT current_setting('mmrepl.retry_min_delay') = '10min'}, 'the worker would try again much later');
-	my $writer = stop_wal_writer();
+	my $writer = stop_flushing($beta);
 
 	$session->ok('UPDATE account SET n = n + 1 WHERE id = 18');
-	crash_peer($writer);
+	lose_unflushed($beta, $writer);
 	$alpha->poll_ok(
 		q{SELECT state = 'retrying' AND last_error_at < clock_timestamp() - interval '1 s'
 		  FROM mmrepl.pg_stat_mmrepl WHERE server = 'beta'}, 'it has failed');
@@ -336,7 +297,7 @@ section 'a peer that flushes always' => sub {
 	my $session = warm();
 
 	hold();
-	my $writer = stop_wal_writer();
+	my $writer = stop_flushing($beta);
 	is(flushes(sub { $session->ok('UPDATE account SET n = n + 1 WHERE id = 12') }), 't', 'it is asked for nothing else');
 	here('UPDATE account SET n = n + 1 WHERE id = 12');
 	pass('... and a new session goes on at once');

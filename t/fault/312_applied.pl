@@ -11,6 +11,7 @@ use FaultPoints;
 use MmreplCluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
+use Unflushed;
 
 my ($alpha, $beta) = MmreplCluster->new_pair(
 	conf => q{
@@ -26,60 +27,20 @@ my $next = 1;
 sub here { return $alpha->safe_psql('postgres', $_[0]) }
 sub there { return $beta->safe_psql('postgres', $_[0]) }
 
-$alpha->create_table_on_both(
-	$beta, q{
-	CREATE TABLE account (id int PRIMARY KEY, n int NOT NULL);
-	CREATE TABLE written (id int, n int);
-	CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS
-	$$BEGIN INSERT INTO public.written VALUES (NEW.id, NEW.n); RETURN NULL; END$$;
-	CREATE TRIGGER note AFTER INSERT OR UPDATE ON account FOR EACH ROW EXECUTE FUNCTION note();
-	ALTER TABLE account ENABLE ALWAYS TRIGGER note});
+$alpha->create_table_on_both($beta, $ledger);
 $alpha->create_pair('account', 'beta', q{mode => 'sync'});
 $alpha->poll_state('beta', 'streaming');
 
-# Without the WAL writer nothing is flushed at the peer but what somebody waits for.
-sub stop_wal_writer
-{
-	my $pid = there(q{SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'});
-
-	there('CHECKPOINT');
-	kill('STOP', $pid);
-	return $pid;
-}
-
-sub crash_peer
-{
-	my ($wal_writer) = @_;
-
-	kill('KILL', $wal_writer);
-	until_true(sub { is_down($beta) });
-	return;
-}
-
-# A session whose connection to the peer is older than what follows.
 sub warm
 {
-	my $session = $alpha->session;
-
-	$session->ok(q{SET mmrepl.sync_commit = 'applied'});
-	$session->ok('INSERT INTO account VALUES (' . $next++ . ', 1)');
-	$alpha->wait_caught_up('beta');
-	return $session;
+	return warm_session($alpha, 'beta', 'INSERT INTO account VALUES (' . $next++ . ', 1)');
 }
 
 sub judge
 {
-	my ($name) = @_;
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 
-	$alpha->wait_caught_up('beta');
-	$alpha->same_rows($beta, 'account', name => "$name: both are equal");
-	is(there('SELECT sum(conflicts) FROM mmrepl.progress'), '0', '... without a conflict');
-	is(there('SELECT count(*) FROM (SELECT FROM written GROUP BY id, n HAVING count(*) > 1) twice'),
-		'0', '... each change is there once');
-	is(here('SELECT count(*) FROM mmrepl.in_doubt'), '0', '... nothing is in doubt');
-	is($alpha->queued('beta'), '0', '... and nothing is queued');
-	return;
+	return judge_ledger($alpha, $beta, $_[0], 'account');
 }
 
 foreach my $point ('commit-before-peer', 'commit-after-peer', 'commit-entries-settled', 'commit-ticket-settled')
@@ -93,13 +54,13 @@ foreach my $point ('commit-before-peer', 'commit-after-peer', 'commit-entries-se
 
 			here(q{SELECT mmrepl.pause('beta')});
 			$alpha->poll_state('beta', 'paused');
-			my $writer = stop_wal_writer();
+			my $writer = stop_flushing($beta);
 			$session->ok("INSERT INTO account VALUES ($id, 1)");
 			forget_fault($alpha, $fault);
 			$session->ok("SET mmrepl.fault = '$fault'");
 			eval { $session->run("UPDATE account SET n = n + 1 WHERE id = $id"); $session->quit };
 			until_true(sub { is_down($alpha) });
-			$both ? crash_peer($writer) : kill('CONT', $writer);
+			$both ? lose_unflushed($beta, $writer) : kill('CONT', $writer);
 			bring_back($beta) if $both;
 			is(there("SELECT count(*) FROM account WHERE id = $id"), '0', 'the peer has lost it') if $both;
 			bring_back($alpha);
@@ -120,12 +81,12 @@ section 'the peer crashes while a session connects' => sub {
 
 	here(q{SELECT mmrepl.pause('beta')});
 	$alpha->poll_state('beta', 'paused');
-	my $writer = stop_wal_writer();
+	my $writer = stop_flushing($beta);
 	$late->ok("SET mmrepl.fault = '$fault'");
 	$late->start('INSERT INTO account VALUES (' . $next++ . ', 1)');
 	ok(await_fault($alpha, $fault), 'it is about to');
 	$session->ok("INSERT INTO account VALUES ($id, 1)");
-	crash_peer($writer);
+	lose_unflushed($beta, $writer);
 	bring_back($beta);
 	is(there("SELECT count(*) FROM account WHERE id = $id"), '0', 'the peer has lost what was applied meanwhile');
 	release_fault($alpha, $fault);
@@ -145,13 +106,13 @@ section 'the peer crashes while a session connects' => sub {
 section 'the worker connects between the commit at the peer and its settlement' => sub {
 	my ($session, $id) = (warm(), $next++);
 	my $fault = 'commit-after-peer:wait:1';
-	my $writer = stop_wal_writer();
+	my $writer = stop_flushing($beta);
 
 	forget_fault($alpha, $fault);
 	$session->ok("SET mmrepl.fault = '$fault'");
 	$session->start("INSERT INTO account VALUES ($id, 1)");
 	ok(await_fault($alpha, $fault), 'the peer has committed');
-	crash_peer($writer);
+	lose_unflushed($beta, $writer);
 	bring_back($beta);
 	is(there("SELECT count(*) FROM account WHERE id = $id"), '0', '... and lost it');
 	$alpha->poll_state('beta', 'streaming');
@@ -160,6 +121,40 @@ section 'the worker connects between the commit at the peer and its settlement' 
 	is($err, '', 'acknowledged');
 	judge('the worker');
 	is(there("SELECT count(*) FROM account WHERE id = $id"), '1', '... the peer has it again');
+	eval { $session->quit };
+};
+
+section 'the peer crashes before the seal' => sub {
+	my ($session, $id) = (warm(), $next++);
+	my $fault = 'seal-built:wait:1';
+	my $writer = stop_flushing($beta);
+
+	arm_fault($alpha, $fault);
+	until_true(sub { query($alpha, 'SHOW mmrepl.fault') eq $fault }) or fail("$fault is set");
+	$session->ok("INSERT INTO account VALUES ($id, 1)");
+	ok(await_fault($alpha, $fault), 'it is to be sealed');
+	is(here(q{SELECT mmrepl.wait_for_replay('beta', '100 ms')}), 'f', 'until then it is not confirmed');
+	lose_unflushed($beta, $writer);
+	bring_back($beta);
+	is(there("SELECT count(*) FROM account WHERE id = $id"), '0', 'the peer has lost it');
+	disarm_faults($alpha);
+	judge('before the seal');
+	is(there("SELECT count(*) FROM account WHERE id = $id"), '1', '... the peer has it again');
+	eval { $session->quit };
+};
+
+section 'what is confirmed is flushed' => sub {
+	my ($session, $id) = (warm(), $next++);
+	my $writer = stop_flushing($beta);
+
+	$session->ok("INSERT INTO account VALUES ($id, 1)");
+	$alpha->wait_caught_up('beta');
+	$beta->close_to_peers;
+	lose_unflushed($beta, $writer);
+	bring_back($beta);
+	is(there("SELECT count(*) FROM account WHERE id = $id"), '1', 'it is there after a crash');
+	$beta->open_to_peers;
+	judge('confirmed');
 	eval { $session->quit };
 };
 

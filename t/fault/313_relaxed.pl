@@ -12,6 +12,8 @@ use FaultPoints;
 use MmreplCluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
+use Time::HiRes ();
+use Unflushed;
 
 my ($alpha, $beta) = MmreplCluster->new_pair(conf => q{
 	mmrepl.retry_min_delay = '20ms'
@@ -26,22 +28,12 @@ my $last = 0;
 $alpha->create_table_on_both($beta, 'CREATE TABLE item (id int PRIMARY KEY, n int)');
 $alpha->create_pair('item', 'beta');
 
-# Nobody flushes there what no commit waits for.
-sub stop_flushing
-{
-	$writer = query($beta, "SELECT pid FROM pg_stat_activity WHERE backend_type = 'walwriter'");
-	kill('STOP', $writer);
-	return;
-}
-
 # What was not flushed there is lost.
 sub crash
 {
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 
-	kill('KILL', $beta->{_pid});
-	until_true(sub { is_down($beta) });
-	kill('KILL', $writer);
+	lose_unflushed($beta, $writer);
 	bring_back($beta);
 	return;
 }
@@ -61,6 +53,14 @@ sub arm
 	arm_fault($alpha, $fault);
 	until_true(sub { query($alpha, 'SHOW mmrepl.fault') eq $fault }) or fail("$fault is set");
 	return;
+}
+
+# How often a point was passed since the server's start.
+sub hits
+{
+	my ($name) = @_;
+
+	return (map { $_->{hits} } grep { $_->{name} eq $name } fault_points($alpha))[0];
 }
 
 # A row that the peer shows, and its id.
@@ -94,7 +94,7 @@ section 'a crash before the seal' => sub {
 	my $begins = 'feed-reset:wait:1';
 
 	arm($fault);
-	stop_flushing();
+	$writer = stop_flushing($beta);
 	my $id = insert();
 	ok(await_fault($alpha, $fault), 'it is to be sealed');
 	is(query($alpha, 'SELECT count(*) FROM mmrepl.sync_err_rec'), '1', 'until then it is kept here');
@@ -114,7 +114,7 @@ section 'a crash before the seal' => sub {
 section 'what is confirmed stays' => sub {
 	foreach my $round (1 .. 3)
 	{
-		stop_flushing();
+		$writer = stop_flushing($beta);
 		query($alpha, 'INSERT INTO item VALUES (' . ++$last . ', 0)');
 		is(query($alpha, q{SELECT mmrepl.wait_for_replay('beta', '60 s')}), 't', 'confirmed');
 		$beta->close_to_peers;
@@ -130,7 +130,7 @@ section 'what the peer has when it is greeted need not be flushed' => sub {
 	my $seals = 'seal-built:wait:1';
 
 	arm($dies);
-	stop_flushing();
+	$writer = stop_flushing($beta);
 	my $id = insert();
 	ok(await_fault($alpha, $dies), 'the worker dies before the seal');
 	arm($seals);
@@ -144,7 +144,7 @@ section 'what the peer has when it is greeted need not be flushed' => sub {
 };
 
 section 'a pause seals' => sub {
-	stop_flushing();
+	$writer = stop_flushing($beta);
 	my $id = insert();
 	query($alpha, q{SELECT mmrepl.pause('beta')});
 	$alpha->poll_state('beta', 'paused');
@@ -159,7 +159,7 @@ section 'deal_sync_err_rec() seals' => sub {
 	my $fault = 'worker-unsealed:fatal:1';
 
 	arm($fault);
-	stop_flushing();
+	$writer = stop_flushing($beta);
 	my $id = insert();
 	ok(await_fault($alpha, $fault), 'the worker dies before the seal');
 	query($alpha, q{SELECT mmrepl.pause('beta')});
@@ -204,6 +204,71 @@ section 'what is applied waits for nothing behind it' => sub {
 		'UPDATE item SET n = n + 1 WHERE id = 1; INSERT INTO item SELECT g, 0 FROM generate_series(100001, 120000) g');
 };
 
+section 'what is sealed is sealed once' => sub {
+	my ($batches, $seals) = ($alpha->stat('beta', 'batches'), hits('seal-built'));
+
+	foreach (1 .. 3)
+	{
+		insert();
+		query($alpha, q{SELECT mmrepl.wait_for_replay('beta', '60 s')});
+	}
+	is(hits('seal-built') - $seals, 3, 'a seal for each transaction that comes alone');
+	is($alpha->stat('beta', 'batches') - $batches, 6, 'and no other batch');
+};
+
+# The first one stands still, relaxed, and so does the second one later.
+section 'a large transaction behind what is still on its way' => sub {
+	my ($id, $other) = (insert(), insert());
+	my ($first, $second, $waiter) = ($beta->session, $beta->session, $alpha->session);
+	my $blocked = sub {
+		my ($session) = @_;
+		return 'SELECT count(*) = 1 FROM pg_stat_activity WHERE ' . $session->pid . ' = ANY (pg_blocking_pids(pid))';
+	};
+
+	$alpha->wait_caught_up('beta');
+	my $seals = hits('seal-built');
+
+	$first->ok("BEGIN; SELECT FROM item WHERE id = $id FOR UPDATE");
+	$second->ok("BEGIN; SELECT FROM item WHERE id = $other FOR UPDATE");
+	query($alpha, "UPDATE item SET n = n + 1 WHERE id = $id");
+	$beta->poll_ok($blocked->($first), 'a relaxed batch stands still');
+	$waiter->start(q{SELECT mmrepl.wait_for_replay('beta', '1 min')});
+	$alpha->poll_ok(q{SELECT count(*) = 1 FROM pg_stat_activity WHERE query LIKE 'SELECT mmrepl.wait%' AND wait_event = 'Extension'},
+		'somebody waits for it');
+	query($alpha, "UPDATE item SET n = n + 1 WHERE id = $other; INSERT INTO item SELECT g, 0 FROM generate_series(200001, 220000) g");
+	until_true(sub { hits('seal-built') > $seals }) or fail('its seal is built');
+	$first->ok('COMMIT');
+	is(($waiter->finish)[0], 't', 'it is sealed, and waited for no longer');
+	$beta->poll_ok($blocked->($second), 'while the large one stands still');
+	is(hits('seal-built') - $seals, 1, 'that was one seal');
+	$second->ok('COMMIT');
+	$_->quit foreach $first, $second, $waiter;
+	mended('a large one');
+};
+
+# It has something to seal, for which it is late, and tries to get the lock all the time.
+section 'the worker has not the ordering lock' => sub {
+	my $fault = 'worker-unsealed:wait:1';
+	my $session = $alpha->session;
+
+	arm($fault);
+	insert();
+	ok(await_fault($alpha, $fault), 'something is unsealed');
+	$session->start('BEGIN; SELECT mmrepl.deal_sync_err_rec(1)');
+	$alpha->poll_ok(q{SELECT count(*) = 1 FROM pg_locks WHERE NOT granted AND locktype = 'object'}, 'somebody else wants the lock');
+	$beta->terminate_peers;
+	disarm_faults($alpha);
+	is(($session->finish)[0], 't', 'and gets it');
+	my $begun = Time::HiRes::time();
+	my $before = hits('worker-locked');
+	until_true(sub { hits('worker-locked') > $before + 30 }) or fail('the worker tries to get it');
+	my $tries = hits('worker-locked') - $before;
+	cmp_ok($tries, '<=', 10 * (Time::HiRes::time() - $begun) + 10, 'ten times a second');
+	$session->ok('COMMIT');
+	$session->quit;
+	mended('afterwards');
+};
+
 section 'a server is not dropped before the seal' => sub {
 	my $fault = 'worker-unsealed:wait:1';
 
@@ -230,7 +295,7 @@ section 'an older peer flushes every batch' => sub {
 		CREATE FUNCTION mmrepl.hello(uuid, int, int, OUT protocol int, OUT node uuid, OUT watermark bigint, OUT server_version int)
 		LANGUAGE sql AS 'SELECT 2, node, watermark, server_version FROM mmrepl.new_hello($1, $2, 2)'});
 	$beta->terminate_peers;
-	stop_flushing();
+	$writer = stop_flushing($beta);
 	my $id = insert();
 	$beta->close_to_peers;
 	crash();
