@@ -9,6 +9,8 @@
  */
 #include "apply_internal.hpp"
 
+#include "mmrepl/fault.hpp"
+
 namespace mmrepl::apply
 {
 
@@ -21,6 +23,7 @@ LocateAll(Target *target)
 	for (int i = 0; i < run->count; i++)
 		run->places[i] = Locate(target->leaves, run->updates[i]);
 	StopLocating(target->leaves);
+	MMREPL_FAULT_POINT("apply-located");
 }
 
 void

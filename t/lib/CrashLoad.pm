@@ -104,12 +104,13 @@ sub undone
 	  . 'SAVEPOINT b; ';
 }
 
-# Enough rows to be spilled and to travel in parts.
+# Enough rows to be spilled and to travel in parts, and some that are found together.
 sub bulk
 {
 	my ($side, $id) = @_;
 
-	return "INSERT INTO big SELECT $side, $id, g, repeat('x', 9000) FROM generate_series(1, 20) g";
+	return "INSERT INTO big SELECT $side, $id, g, repeat('x', 9000) FROM generate_series(1, 20) g; "
+	  . "UPDATE big SET v = 'changed' WHERE origin = $side AND id = $id AND part <= 3";
 }
 
 sub script
