@@ -14,7 +14,7 @@
  *			 kDeleteRow: key [rest]	key values of the row that went
  *			 kEmpty:				TRUNCATE
  *	 relation := shape:u8, names, pair:varint, columns:varint, column*
- *				 shape: the conflict rule, kPublic, kSameNames, kChecked
+ *				 shape: the conflict rule, kPublic, kSameNames, kChecked, kPartial
  *	 names	  := [string:remote schema], string:remote table
  *				 [string:local schema, string:local table]
  *				 the first not with kPublic: it is "public"; the last two not with
@@ -44,6 +44,10 @@
  * A relation is *checked* when its changes were captured in sync mode: then the
  * receiver can tell whether its row is the one that was changed at the sender.
  * Old values longer than kDigestFrom travel as their digest.
+ *
+ * A relation is *partial* when columns of the pair are not in it, because the
+ * updates that it is for left their values where they were, in TOAST.  The row is
+ * not known then where it is missing.
  *
  * Decoding trusts nothing: each length is checked, an error is
  * ERRCODE_MMREPL_BAD_BATCH and never a crash.
@@ -86,6 +90,7 @@ constexpr uint8 kConflictMask = 0x03;
 constexpr uint8 kPublic = 0x04;
 constexpr uint8 kSameNames = 0x08;
 constexpr uint8 kChecked = 0x10;
+constexpr uint8 kPartial = 0x20;
 
 enum class Conflict : char
 {
@@ -143,6 +148,12 @@ struct RelationEncoder
 	ColumnEncoder *columns;
 	bool needs_text_format;
 	bool checked; /* updates and deletes carry the old row */
+	bool partial;
+	uint32 columns_at;		 /* where the number of columns stands in the definition */
+	uint32 *entries;		 /* where each one's entry starts there, and where the last one ends */
+	RelationEncoder *spared; /* partial ones made of this one, the newest first */
+	Bitmapset *sparing;		 /* the columns, by their place in that one, that a partial one lacks */
+	int n_spared;
 };
 
 /* What a RelationEncoder is built from; strings are copied into the definition. */
@@ -220,9 +231,13 @@ HasRoom(const Segment *segment)
 		   segment->n_relations < kSegmentRelations;
 }
 
+/* Whether a column (from 0) has another value, to the byte.  A value that stayed in TOAST is not read. */
+bool ValueChanged(int at, TupleTableSlot *old_row, TupleTableSlot *new_row);
+
 /*
  * Append a record.  Slots' attributes are read with slot_getattr; values are
- * detoasted.  On an error the segment is as before.
+ * detoasted.  An update that is not checked spares those that stayed in TOAST,
+ * which are not read.  On an error the segment is as before.
  */
 void AppendInsert(Segment *segment, RelationEncoder *rel, TupleTableSlot *row);
 void AppendUpdate(Segment *segment, RelationEncoder *rel, TupleTableSlot *old_row,
@@ -283,6 +298,7 @@ struct Relation
 	char *local_table;
 	Conflict conflict;
 	bool checked;
+	bool partial;
 	int32 pair_id;
 	int n_columns;
 	int n_keys;

@@ -140,6 +140,7 @@ struct Target
 	AclMode checked;   /* privileges that the caller has proved */
 	change::Conflict rule;
 	bool carries_old; /* the relation is checked: made in sync mode */
+	bool partial;	  /* columns that did not change did not come */
 	bool at_writer;	  /* opened by an inline batch, which checks more */
 	EState *estate;
 	EPQState epq;

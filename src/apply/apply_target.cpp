@@ -470,6 +470,7 @@ OpenTarget(Session *session, const change::Relation *relation)
 	target->encoding = session->header.encoding;
 	target->rule = relation->conflict;
 	target->carries_old = relation->checked;
+	target->partial = relation->partial;
 	target->at_writer = session->header.Inline();
 	session->schema = target->schema =
 		ToServer(session, relation->remote_schema, strlen(relation->remote_schema));

@@ -15,8 +15,10 @@ using conflict::Type;
 
 /* What the log says was done. */
 static const char *
-ActionText(Action action)
+ActionText(const Target *target, Type type, Action action)
 {
+	if (action == Action::Skip && type == Type::UpdateMissing && target->partial)
+		return "The remote change is skipped: what it left unchanged did not come with it.";
 	switch (action)
 	{
 		case Action::Apply:
@@ -97,7 +99,7 @@ static Action
 Resolve(Session *session, Target *target, Leaf *leaf, Type type, TupleTableSlot *row)
 {
 	MmreplEnsure(!session->ahead, "conflict found ahead of the batch before");
-	bool row_known = type != Type::DeleteMissing;
+	bool row_known = type != Type::DeleteMissing && !target->partial;
 	bool at_writer = IsAtWriter(session, target);
 	Action action = conflict::Decide(type, target->rule, row_known, at_writer);
 
@@ -114,7 +116,7 @@ Resolve(Session *session, Target *target, Leaf *leaf, Type type, TupleTableSlot 
 		ereport(LOG, (errmsg("conflict detected on relation \"%s.%s\": conflict=%s", target->schema,
 							 target->table, conflict::Name(type)),
 					  errdetail_log("%s%s%s%s", key ? "Key " : "", key ? key : "", key ? ". " : "",
-									ActionText(action))));
+									ActionText(target, type, action))));
 	}
 	return action;
 }

@@ -77,22 +77,11 @@ Passes(CapturedTable *table, Target *target, TupleTableSlot *row)
 static bool
 TouchesNothing(const Target *target, TupleTableSlot *old_row, TupleTableSlot *new_row)
 {
-	TupleDesc desc = new_row->tts_tupleDescriptor;
-
 	slot_getallattrs(old_row);
 	slot_getallattrs(new_row);
 	for (int i = 0; i < target->encoder->n_columns; i++)
-	{
-		int at = target->encoder->columns[i].attnum - 1;
-		Form_pg_attribute attribute = TupleDescAttr(desc, at);
-
-		if (old_row->tts_isnull[at] != new_row->tts_isnull[at])
+		if (change::ValueChanged(target->encoder->columns[i].attnum - 1, old_row, new_row))
 			return false;
-		if (!old_row->tts_isnull[at] &&
-			!datum_image_eq(old_row->tts_values[at], new_row->tts_values[at], attribute->attbyval,
-							attribute->attlen))
-			return false;
-	}
 	return true;
 }
 

@@ -142,6 +142,7 @@ ReadNames(Reader *in, Relation *rel)
 
 	rel->conflict = ConflictOf(shape & kConflictMask);
 	rel->checked = (shape & kChecked) != 0;
+	rel->partial = (shape & kPartial) != 0;
 	rel->remote_schema = (shape & kPublic) ? pstrdup("public") : in->String();
 	rel->remote_table = in->String();
 	rel->local_schema = (shape & kSameNames) ? rel->remote_schema : in->String();

@@ -7,8 +7,6 @@
 namespace mmrepl::change
 {
 
-static uint64 last_serial;
-
 void
 PutVarint(StringInfo buf, uint64 value)
 {
@@ -213,8 +211,16 @@ AppendInsert(Segment *segment, RelationEncoder *rel, TupleTableSlot *row)
 	Commit(out);
 }
 
-/* Whether a column has another value, to the byte.  A value that stayed in TOAST is not read. */
+/* Whether the value is the same one, in TOAST. */
 static bool
+StayedInToast(Datum before, Datum after)
+{
+	return VARATT_IS_EXTERNAL_ONDISK(DatumGetPointer(after)) &&
+		   VARATT_IS_EXTERNAL_ONDISK(DatumGetPointer(before)) &&
+		   memcmp(DatumGetPointer(before), DatumGetPointer(after), TOAST_POINTER_SIZE) == 0;
+}
+
+bool
 ValueChanged(int at, TupleTableSlot *old_row, TupleTableSlot *new_row)
 {
 	Form_pg_attribute attribute = TupleDescAttr(new_row->tts_tupleDescriptor, at);
@@ -223,9 +229,7 @@ ValueChanged(int at, TupleTableSlot *old_row, TupleTableSlot *new_row)
 
 	if (old_row->tts_isnull[at] || new_row->tts_isnull[at])
 		return old_row->tts_isnull[at] != new_row->tts_isnull[at];
-	if (attribute->attlen == -1 && VARATT_IS_EXTERNAL_ONDISK(DatumGetPointer(before)) &&
-		VARATT_IS_EXTERNAL_ONDISK(DatumGetPointer(after)) &&
-		memcmp(DatumGetPointer(before), DatumGetPointer(after), TOAST_POINTER_SIZE) == 0)
+	if (attribute->attlen == -1 && StayedInToast(before, after))
 		return false;
 	return !datum_image_eq(before, after, attribute->attbyval, attribute->attlen);
 }
@@ -273,11 +277,57 @@ PutRest(Cursor &out, RelationEncoder *rel, TupleTableSlot *old_row)
 	}
 }
 
+/* The columns outside the key whose values stayed in TOAST; attributes have been read. */
+static Bitmapset *
+Unmoved(const RelationEncoder *rel, TupleTableSlot *old_row, TupleTableSlot *new_row)
+{
+	Bitmapset *unmoved = NULL;
+
+	for (int i = 0; i < rel->n_columns; i++)
+	{
+		int at = rel->columns[i].attnum - 1;
+
+		if (!rel->columns[i].key && TupleDescAttr(new_row->tts_tupleDescriptor, at)->attlen == -1 &&
+			!old_row->tts_isnull[at] && !new_row->tts_isnull[at] &&
+			StayedInToast(old_row->tts_values[at], new_row->tts_values[at]))
+			unmoved = bms_add_member(unmoved, i);
+	}
+	return unmoved;
+}
+
+/*
+ * The relation as an update needs it: without what stayed in TOAST.  It is kept beside
+ * the whole one; who has seen that many sets of columns sends them all.
+ */
+static RelationEncoder *
+Sparing(RelationEncoder *rel, TupleTableSlot *old_row, TupleTableSlot *new_row)
+{
+	constexpr int kMostSpared = 8;
+	Bitmapset *unmoved = rel->checked ? NULL : Unmoved(rel, old_row, new_row);
+
+	if (unmoved == NULL)
+		return rel;
+	for (RelationEncoder *each = rel->spared; each != NULL; each = each->spared)
+		if (bms_equal(each->sparing, unmoved))
+			return each;
+	if (rel->n_spared == kMostSpared)
+		return rel;
+	RelationEncoder *partial =
+		InContext(GetMemoryChunkContext(rel), [&] { return BuildPartial(rel, unmoved); });
+
+	partial->spared = rel->spared;
+	rel->spared = partial;
+	rel->n_spared++;
+	return partial;
+}
+
 void
 AppendUpdate(Segment *segment, RelationEncoder *rel, TupleTableSlot *old_row,
 			 TupleTableSlot *new_row)
 {
 	bool key_changed = KeyChanged(rel, old_row, new_row);
+
+	rel = Sparing(rel, old_row, new_row);
 	uint8 number = RelationNumber(segment, rel);
 	Cursor out = CursorAtEnd(segment);
 
@@ -311,128 +361,6 @@ AppendTruncate(Segment *segment, RelationEncoder *rel)
 
 	out.Head(kEmpty, number);
 	Commit(out);
-}
-
-/* ---- relation definitions ---- */
-
-/* Whether a type's text form is the same under any settings. */
-static bool
-TextIsStable(Oid type)
-{
-	switch (type)
-	{
-		case JSONOID:
-		case JSONBOID:
-		case XMLOID:
-		case NAMEOID:
-		case CHAROID:
-		case TSVECTOROID:
-		case TSQUERYOID:
-			return true;
-		default:
-			return get_typtype(type) == TYPTYPE_ENUM;
-	}
-}
-
-/* Choose how a column travels. */
-static void
-BuildColumn(ColumnEncoder *column, const ColumnSpec &spec, Form_pg_attribute attribute)
-{
-	Oid base = getBaseType(attribute->atttypid);
-	Oid function;
-	bool is_varlena;
-
-	column->attnum = spec.attnum;
-	column->key = spec.key;
-	column->binary = base < kFirstUnstableOid && WireOf(base) != Wire::Text;
-	column->type = column->binary ? base : attribute->atttypid;
-	column->wire = column->binary ? WireOf(base) : Wire::Text;
-	column->by_text = !column->binary && !TextIsStable(base);
-	if (column->binary)
-		getTypeBinaryOutputInfo(column->type, &function, &is_varlena);
-	else
-		getTypeOutputInfo(column->type, &function, &is_varlena);
-	fmgr_info(function, &column->output);
-}
-
-/* A column's entry in the definition. */
-static void
-PutColumn(StringInfo buf, const ColumnEncoder &column, const char *remote_name)
-{
-	size_t length = strlen(remote_name);
-
-	MmreplEnsure(length <= kNameLength, "column name is too long: %s", remote_name);
-	appendStringInfoCharMacro(buf, (char) (length | (column.key ? kKey : 0) |
-										   (column.binary ? kBinary : 0)));
-	appendBinaryStringInfo(buf, remote_name, (int) length);
-	if (column.type < kFirstUnstableOid)
-	{
-		PutVarint(buf, column.type);
-		return;
-	}
-	HeapTuple tuple = SearchSysCache1(TYPEOID, ObjectIdGetDatum(column.type));
-
-	MmreplEnsure(HeapTupleIsValid(tuple), "cache lookup failed for type %u", column.type);
-	Form_pg_type form = (Form_pg_type) GETSTRUCT(tuple);
-
-	PutVarint(buf, 0);
-	PutString(buf, get_namespace_name(form->typnamespace));
-	PutString(buf, NameStr(form->typname));
-	ReleaseSysCache(tuple);
-}
-
-/* Number of the rule in the shape of a relation. */
-static uint8
-ConflictBits(Conflict conflict)
-{
-	return conflict == Conflict::ApplyRemote ? 0 : conflict == Conflict::KeepLocal ? 1 : 2;
-}
-
-/* Shape and names. */
-static void
-PutNames(StringInfo buf, const RelationSpec &spec)
-{
-	bool is_public = strcmp(spec.remote_schema, "public") == 0;
-	bool same = strcmp(spec.remote_schema, spec.local_schema) == 0 &&
-				strcmp(spec.remote_table, spec.local_table) == 0;
-
-	appendStringInfoCharMacro(buf,
-							  (char) (ConflictBits(spec.conflict) | (is_public ? kPublic : 0) |
-									  (same ? kSameNames : 0) | (spec.checked ? kChecked : 0)));
-	if (!is_public)
-		PutString(buf, spec.remote_schema);
-	PutString(buf, spec.remote_table);
-	if (same)
-		return;
-	PutString(buf, spec.local_schema);
-	PutString(buf, spec.local_table);
-}
-
-RelationEncoder *
-BuildRelationEncoder(const RelationSpec &spec, TupleDesc desc)
-{
-	RelationEncoder *rel = (RelationEncoder *) palloc0(sizeof(RelationEncoder));
-	StringInfoData buf;
-
-	rel->serial = ++last_serial;
-	rel->checked = spec.checked;
-	rel->n_columns = spec.n_columns;
-	rel->columns = (ColumnEncoder *) palloc0(sizeof(ColumnEncoder) * spec.n_columns);
-	initStringInfo(&buf);
-	PutNames(&buf, spec);
-	PutVarint(&buf, (uint64) spec.pair_id);
-	PutVarint(&buf, (uint64) spec.n_columns);
-	for (int i = 0; i < spec.n_columns; i++)
-	{
-		const ColumnSpec &column = spec.columns[i];
-
-		BuildColumn(&rel->columns[i], column, TupleDescAttr(desc, column.attnum - 1));
-		PutColumn(&buf, rel->columns[i], column.remote_name);
-		rel->needs_text_format |= rel->columns[i].by_text;
-	}
-	rel->definition = buf.data;
-	rel->definition_length = (uint32) buf.len;
-	return rel;
 }
 
 /* ---- text format ---- */

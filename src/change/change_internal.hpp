@@ -22,6 +22,9 @@ bool IsFixed(Wire wire);
 /* The bytes of a value that is not of fixed width; in the current context or inside the value. */
 Value BytesOf(Wire wire, FmgrInfo *output, Datum value);
 
+/* The same relation without those columns (by their places), in the current context. */
+RelationEncoder *BuildPartial(const RelationEncoder *rel, const Bitmapset *sparing);
+
 /* OIDs below this are assigned by hand and equal on all servers. */
 constexpr Oid kFirstUnstableOid = 10000;
 
