@@ -12,7 +12,8 @@
  *	 apply_value.cpp	from a change's bytes to datums
  *	 apply_find.cpp		the row that a key names, locked
  *	 apply_compare.cpp	whether the row that is here is the one that was changed
- *	 apply_write.cpp	insert, update, delete and their conflicts
+ *	 apply_write.cpp	insert, update, delete
+ *	 apply_conflict.cpp	what is done about a conflict
  *	 apply_collect.cpp	changes that wait to be written together
  *	 apply_bulk.cpp		runs of inserts
  *	 apply_group.cpp	runs of updates
@@ -318,6 +319,15 @@ Leaf *Route(Session *session, Target *target, TupleTableSlot *row);
 TupleTableSlot *ToLeaf(Leaf *leaf, TupleTableSlot *row);
 /* The leaf's existing row in the root's layout. */
 TupleTableSlot *FoundInRoot(Leaf *leaf);
+
+/* ---- apply_conflict.cpp ---- */
+
+/*
+ * Decide about a conflict, count it and say so; raises when the pair's rule is
+ * 'error'.  `row` has the key, in the leaf's layout.
+ */
+conflict::Action Resolve(Session *session, Target *target, Leaf *leaf, conflict::Type type,
+						 TupleTableSlot *row);
 
 /* ---- apply_keep.cpp ---- */
 
