@@ -145,19 +145,19 @@ section 'a partitioned receiver' => sub {
 };
 
 # More sets of columns than a session tells from each other: with another one all is sent.
-section 'twelve long values' => sub {
-	my @columns = map { "c$_" } 1 .. 12;
+section 'ten long values' => sub {
+	my @columns = map { "c$_" } 1 .. 10;
 
 	$alpha->create_table_on_both($beta,
 		'CREATE TABLE wide (id int PRIMARY KEY, ' . join(', ', map { "$_ text" } @columns) . ')');
 	$alpha->create_pair('wide', 'beta');
-	$alpha->safe_psql('postgres', 'INSERT INTO wide SELECT 1, ' . join(', ', ($long) x 12));
+	$alpha->safe_psql('postgres', 'INSERT INTO wide SELECT 1, ' . join(', ', ($long) x 10));
 	cmp_ok(bytes_sent(join('; ', map { "UPDATE wide SET $_ = 'short'" } @columns[0 .. 7])),
 		'<', 5000, 'eight sets');
 	$alpha->same_rows($beta, 'wide');
 	$alpha->safe_psql('postgres', "UPDATE wide SET $_ = $long") foreach @columns;
 	my $bytes = bytes_sent(join('; ', map { "UPDATE wide SET $_ = 'short'" } @columns));
-	cmp_ok($bytes, '>', 20_000, 'more sets');
+	ok($bytes > 20_000 && $bytes < 30_000, "the ninth brings its one long value: $bytes bytes");
 	$alpha->same_rows($beta, 'wide');
 };
 

@@ -301,6 +301,7 @@ Build(const CacheKey &key, Relation rel, Trigger *trigger)
 
 	table->key = key;
 	table->context = context;
+	(void) catalog::GetRelations(); /* a first look moves the generation */
 	table->generation = catalog::Generation();
 	table->valid = true;
 	InContext(context, [&] { BuildTable(table, rel, trigger); });
