@@ -14,7 +14,7 @@ use Test::More;
 use Time::HiRes ();
 
 my $alpha = MmreplCluster->create('alpha');
-my $beta = MmreplCluster->create('beta');
+my $beta = MmreplCluster->create('beta', conf => "wal_level = replica\nmax_wal_senders = 1");
 my @targets = ('one', 'two', 'three');
 
 sub here { return $alpha->safe_psql('postgres', $_[0]) }
@@ -200,6 +200,34 @@ section 'the fence' => sub {
 	$other->ok('ROLLBACK');
 	$other->quit;
 	$alpha->wait_caught_up('one');
+};
+
+# Each of them waits for a standby there; told one after the other, they would begin with it so.
+section 'COMMIT at the same time' => sub {
+	my $probe = $beta->session;
+	my $round = 0;
+	my $until = time() + $MmreplCluster::timeout;
+	my $waits = 'SELECT wait_event = $$SyncRep$$ FROM pg_stat_activity WHERE pid = ' . $probe->pid;
+	my $commits = q{FROM pg_stat_activity WHERE client_addr IS NOT NULL AND query = 'COMMIT' AND wait_event = 'SyncRep'};
+
+	$beta->safe_psql('postgres', q{ALTER SYSTEM SET synchronous_standby_names = 'nobody'});
+	$beta->reload;
+	do
+	{
+		$probe->finish if $round++ > 0;
+		$probe->start("SELECT pg_logical_emit_message(true, 'round', '$round')");
+		$beta->poll_query_until('postgres',
+			"SELECT query LIKE '%''$round''%' AND state = 'idle' OR ($waits) FROM pg_stat_activity WHERE pid = " . $probe->pid);
+	} until time() > $until || $beta->safe_psql('postgres', $waits) eq 't';
+	$session->start(q{INSERT INTO many VALUES (55, 'kept')});
+	$beta->poll_ok("SELECT count(*) = 3 $commits", 'they commit');
+	is($beta->safe_psql('postgres', "SELECT max(query_start) - min(query_start) < '4 s' $commits"), 't', '... having been told at once');
+	$beta->safe_psql('postgres', 'ALTER SYSTEM RESET synchronous_standby_names');
+	$beta->reload;
+	$_->finish foreach $session, $probe;
+	$probe->quit;
+	$alpha->wait_caught_up($_) foreach @targets;
+	is(everywhere('SELECT v FROM many WHERE id = 55'), 'kept', 'all have it');
 };
 
 # The sessions there are ended all at the same time.
