@@ -152,12 +152,12 @@ sub heal
 
 sub start_clients
 {
-	my ($seed, $clients, $two_phase, $applied, @nodes) = @_;
+	my ($seed, $clients, $two_phase, $applied, $masters, @nodes) = @_;
 	my (@writers, @readers);
 
 	foreach my $node (@nodes)
 	{
-		foreach my $client (1 .. $clients)
+		foreach my $client (1 .. ($masters-- > 0 ? $clients : 0))
 		{
 			push @writers,
 			  Client->start($node,
@@ -222,11 +222,13 @@ sub judge
 
 # run(seconds => how long, clients => how many on each node, faults => [names],
 # two_phase => the part of the transfers that commits in two phases, applied => the
-# part whose COMMIT does not wait for the peer's flush)
+# part whose COMMIT does not wait for the peer's flush, masters => 1 if clients write to
+# one node alone, and the other is struck: what that has not flushed nobody else flushes there)
 sub run
 {
 	my (%params) = @_;
 	my $seed = seed(2013);
+	my $masters = $params{masters} || 2;
 	my ($alpha, $beta) = MmreplCluster->new_pair(
 		conf => join("\n",
 			'max_connections = 120',
@@ -235,6 +237,7 @@ sub run
 			q{mmrepl.retry_min_delay = '20ms'},
 			q{mmrepl.retry_max_delay = '200ms'},
 			'max_prepared_transactions = 60',
+			$masters == 1 ? q{wal_writer_delay = '10s'} : (),
 			q{mmrepl.recovery_interval = '1s'},
 			q{mmrepl.sync_timeout = '5s'}));
 
@@ -255,12 +258,12 @@ sub run
 	  foreach ('account', 'transfer');
 
 	my ($writers, $readers) =
-	  start_clients($seed, $params{clients}, $params{two_phase}, $params{applied} || 0, $alpha, $beta);
+	  start_clients($seed, $params{clients}, $params{two_phase}, $params{applied} || 0, $masters, $alpha, $beta);
 	my $until = Time::HiRes::time() + $params{seconds};
 	my %blows;
 	while (Time::HiRes::time() < $until)
 	{
-		my $one = rand() < 0.5 ? $alpha : $beta;
+		my $one = $masters > 1 && rand() < 0.5 ? $alpha : $beta;
 
 		Time::HiRes::sleep(0.3 + rand(0.7));
 		# A server that is just starting anew does not let it happen.
