@@ -631,7 +631,7 @@ SELECT p.pair_id,
   LEFT JOIN mmrepl.stat_conflicts() c ON c.local_table = p.local_table AND c.server = f.oid
  WHERE mmrepl.may_see_statistics(p.owner);
 
-COMMENT ON VIEW mmrepl.pg_stat_mmrepl_pairs IS 'statistics, one row per pair';
+COMMENT ON VIEW mmrepl.pg_stat_mmrepl_pairs IS 'statistics, one row per pair; what was committed or prepared counts';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl_pairs.inserts IS 'rows captured by INSERT';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl_pairs.updates IS 'rows captured by UPDATE';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl_pairs.deletes IS 'rows captured by DELETE';

@@ -50,7 +50,7 @@ change::Segment *SegmentFor(Work *work);
 /* A record was appended: account for it, and spill what has grown too large. */
 void Appended(Work *work, change::Segment *segment);
 
-/* Count for a pair's statistics, added to the shared counters at commit. */
+/* Count for a pair's statistics, added to the shared counters at commit, or when prepared; not what a savepoint undoes. */
 void CountCapture(int32 pair_id, change::Kind kind);
 
 /* Wake the launcher (new or changed streams) / this database's workers after a commit. */

@@ -8,6 +8,8 @@
  */
 #include "mmrepl/capture.hpp"
 
+#include "mmrepl/error.hpp"
+
 namespace mmrepl::capture
 {
 
@@ -155,17 +157,47 @@ Analyze(Relation rel, const char *filter, Alias *alias)
 	return expression;
 }
 
-/* Run fn while errors are placed in the filter's text. */
+/* For who writes a filter, and for who meets one that does not compile any more. */
+constexpr char kHintToWrite[] =
+	"Write what could stand behind WHERE in a query of the table, for example row_filter => "
+	"'id > 0'.";
+constexpr char kHintToChange[] =
+	"Put back what the filter needs, or change it: mmrepl.alter_pair(..., row_filter => '...').";
+
+/* Whether the error is about what the filter says. */
+bool
+IsAboutText(int sqlstate)
+{
+	int category = ERRCODE_TO_CATEGORY(sqlstate);
+
+	return category == ERRCODE_SYNTAX_ERROR_OR_ACCESS_RULE_VIOLATION ||
+		   category == ERRCODE_DATA_EXCEPTION || category == ERRCODE_INVALID_SCHEMA_NAME;
+}
+
+/* Raise the error again; those that PostgreSQL's parser raises often have no hint. */
+[[noreturn]] void
+RaiseWithHint(ErrorData *error, const char *hint)
+{
+	if (error->hint == NULL && IsAboutText(error->sqlerrcode))
+		error->hint = pstrdup(hint);
+	ReThrowError(error);
+}
+
+/* Run fn while errors are placed in the filter's text, and get the hint if they have none. */
 template <typename Fn>
 auto
-WithSource(Relation rel, const char *filter, Fn fn)
+WithSource(Relation rel, const char *filter, const char *hint, Fn fn)
 {
 	Source source = {filter, RelationGetRelationName(rel)};
 	ErrorContextCallback callback = {error_context_stack, DescribeSource, &source};
+	decltype(fn()) result = NULL;
 
 	error_context_stack = &callback;
-	auto result = fn();
+	ErrorData *error = Caught([&] { result = fn(); });
+
 	error_context_stack = callback.previous;
+	if (error != NULL)
+		RaiseWithHint(error, hint);
 	return result;
 }
 
@@ -207,7 +239,7 @@ Node *
 ParseFilter(Relation rel, const char *filter)
 {
 	int nest_level = BeginFixedSearchPath();
-	Node *expression = WithSource(rel, filter, [&] {
+	Node *expression = WithSource(rel, filter, kHintToChange, [&] {
 		return (Node *) expression_planner((Expr *) Analyze(rel, filter, NULL));
 	});
 
@@ -219,7 +251,8 @@ ParseFilter(Relation rel, const char *filter)
 char *
 CanonicalFilter(Relation rel, const char *filter)
 {
-	Node *expression = WithSource(rel, filter, [&] { return Analyze(rel, filter, NULL); });
+	Node *expression =
+		WithSource(rel, filter, kHintToWrite, [&] { return Analyze(rel, filter, NULL); });
 	char *result = Deparse(rel, expression);
 
 	(void) ParseFilter(rel, result);
@@ -232,7 +265,8 @@ RenameInFilter(Relation rel, const char *filter, const char *old_name, const cha
 {
 	int nest_level = BeginFixedSearchPath();
 	Alias *alias = AliasBeforeRename(rel, old_name, new_name);
-	Node *expression = WithSource(rel, filter, [&] { return Analyze(rel, filter, alias); });
+	Node *expression =
+		WithSource(rel, filter, kHintToChange, [&] { return Analyze(rel, filter, alias); });
 
 	AtEOXact_GUC(false, nest_level);
 	return Deparse(rel, expression);

@@ -120,6 +120,54 @@ RevalidatePairsBelow(Oid relation)
 	}
 }
 
+/*
+ * The pairs of the database that have a filter, or all whose key is a replica
+ * identity.  Those that do not capture may be in any state: a restore is under way.
+ */
+void
+RevalidatePairs(bool with_filter)
+{
+	ListCell *cell;
+
+	foreach(cell, AllPairRows())
+	{
+		const PairRow *row = (const PairRow *) lfirst(cell);
+
+		if (!row->enabled || (with_filter && row->row_filter == NULL))
+			continue;
+
+		Relation rel = try_relation_open(row->table, AccessShareLock);
+
+		if (rel == NULL)
+			continue;
+		if (OidIsValid(FindPairTriggers(rel).row) &&
+			(with_filter || rel->rd_rel->relreplident == REPLICA_IDENTITY_INDEX))
+			RevalidatePair(rel, *row);
+		relation_close(rel, NoLock);
+	}
+}
+
+/* Whether a filter may name an object of the kind, or name another one in its schema. */
+bool
+IsOfFilters(ObjectType type)
+{
+	switch (type)
+	{
+		case OBJECT_CAST:
+		case OBJECT_COLLATION:
+		case OBJECT_DOMAIN:
+		case OBJECT_EXTENSION:
+		case OBJECT_FUNCTION:
+		case OBJECT_OPERATOR:
+		case OBJECT_ROUTINE:
+		case OBJECT_SCHEMA:
+		case OBJECT_TYPE:
+			return true;
+		default:
+			return false;
+	}
+}
+
 /* ALTER TABLE: nothing that a pair needs may go, and what is enabled is enabled always. */
 void
 OnAlterTable(const AlterTableStmt *statement)
@@ -292,9 +340,21 @@ OnRename(const RenameStmt *statement)
 		OnRenameColumn(statement);
 	else if (statement->renameType == OBJECT_FOREIGN_SERVER)
 		OnRenameServer(statement);
+	else if (IsOfFilters(statement->renameType) && catalog::ExtensionExists())
+		RevalidatePairs(true);
 }
 
 } // namespace
+
+/* A primary key is a constraint: nothing but ALTER TABLE takes it away. */
+void
+RevalidateAfterDrop(ObjectType type)
+{
+	if (type == OBJECT_INDEX)
+		RevalidatePairs(false);
+	else if (IsOfFilters(type))
+		RevalidatePairs(true);
+}
 
 /* SQL: event trigger mmrepl_ddl_end. */
 Datum
@@ -319,6 +379,16 @@ SqlOnDdlEnd(FunctionCallInfo fcinfo)
 			break;
 		case T_RenameStmt:
 			OnRename((const RenameStmt *) command);
+			break;
+		case T_AlterObjectSchemaStmt:
+			if (IsOfFilters(((const AlterObjectSchemaStmt *) command)->objectType) &&
+				catalog::ExtensionExists())
+				RevalidatePairs(true);
+			break;
+		case T_AlterFunctionStmt: /* it may be volatile now */
+		case T_CreateFunctionStmt:
+			if (catalog::ExtensionExists())
+				RevalidatePairs(true);
 			break;
 		case T_AlterForeignServerStmt:
 		case T_AlterFdwStmt:

@@ -166,6 +166,26 @@ StreamOf(Relation rel, const Trigger *trigger, Oid *server)
 	return catalog::EnsureStreamRow(*server, owner);
 }
 
+/* Raise when a pair of the table sends its changes to where the trigger would. */
+void
+RequireNoSuchPair(Relation rel, const Trigger *trigger)
+{
+	PairRow pair;
+
+	if (!FindPairRow(RelationGetRelid(rel), trigger->tgargs[kServer], &pair) ||
+		strcmp(pair.remote_schema, trigger->tgargs[kRemoteSchema]) != 0 ||
+		strcmp(pair.remote_table, trigger->tgargs[kRemoteTable]) != 0)
+		return;
+	ereport(ERROR,
+			(errcode(ERRCODE_MMREPL_PAIR_EXISTS),
+			 errmsg("table \"%s\" is already replicated to server \"%s\"",
+					RelationGetRelationName(rel), pair.server),
+			 errdetail("It goes to table %s there, by pair %d: each change would arrive twice.",
+					   QualifiedName(pair.remote_schema, pair.remote_table), pair.id),
+			 errhint("Leave the trigger out, or SELECT mmrepl.drop_pair(%s, %s); before.",
+					 quote_literal_cstr(QualifiedName(rel)), quote_literal_cstr(pair.server))));
+}
+
 /* A trigger with arguments. */
 void
 RegisterWithArguments(Relation rel, const Trigger *trigger)
@@ -178,6 +198,7 @@ RegisterWithArguments(Relation rel, const Trigger *trigger)
 	RequireReplicable(rel);
 	RequireTableOwner(rel);
 	(void) RequireKey(rel);
+	RequireNoSuchPair(rel, trigger);
 	stream = StreamOf(rel, trigger, &server);
 	AskPeer(rel, trigger, server, owner, stream);
 	DependOnServer(trigger->tgoid, server);
@@ -223,6 +244,34 @@ RegisterHandTrigger(Relation rel, const Trigger *trigger)
 						trigger->tgname),
 				 errhint("Add mmrepl_bgw to shared_preload_libraries and restart the server: until "
 						 "then writes to the table fail.")));
+}
+
+void
+RequireNoHandTrigger(Relation rel, const PairRow &row)
+{
+	Oid function = ReplicateFunction();
+	const TriggerDesc *triggers = CopyTriggerDesc(rel->trigdesc);
+
+	for (int i = 0; triggers != NULL && i < triggers->numtriggers; i++)
+	{
+		const Trigger *trigger = &triggers->triggers[i];
+
+		if (!OidIsValid(function) || trigger->tgfoid != function ||
+			trigger->tgnargs != kArguments || trigger->tgenabled == TRIGGER_DISABLED ||
+			strcmp(trigger->tgargs[kServer], row.server) != 0 ||
+			strcmp(trigger->tgargs[kRemoteSchema], row.remote_schema) != 0 ||
+			strcmp(trigger->tgargs[kRemoteTable], row.remote_table) != 0)
+			continue;
+		ereport(ERROR,
+				(errcode(ERRCODE_MMREPL_PAIR_EXISTS),
+				 errmsg("table \"%s\" is already replicated to server \"%s\"",
+						RelationGetRelationName(rel), row.server),
+				 errdetail("Trigger \"%s\" sends its changes to table %s there: each change "
+						   "would arrive twice.",
+						   trigger->tgname, QualifiedName(row.remote_schema, row.remote_table)),
+				 errhint("DROP TRIGGER %s ON %s;", quote_identifier(trigger->tgname),
+						 QualifiedName(rel))));
+	}
 }
 
 /* A disabled trigger may be in any state.  The owner's mapping is looked at as well. */

@@ -297,6 +297,7 @@ CreatePair(Relation rel, const char *server_name, const Options &options)
 	Key key = RequireKey(rel);
 
 	ApplyOptions(&row, options, rel);
+	RequireNoHandTrigger(rel, row);
 	AskPeer(rel, row, server, ResolveColumns(rel, key, row));
 
 	LockRelation(rel, ShareRowExclusiveLock);

@@ -363,23 +363,30 @@ RemoteKeyArray(const PairColumns &columns)
 	return OidOutputFunctionCall(F_ARRAY_OUT, PointerGetDatum(array));
 }
 
+/* Who is greeted as whom. */
+struct Greeting
+{
+	const char *server; /* its name */
+	const char *user;	/* the role at the peer */
+};
+
 /* While the peer is greeted: a missing right there has a well-known cause. */
 void
 HintAtGrant(void *arg)
 {
-	const Inquiry *inquiry = static_cast<const Inquiry *>(arg);
+	const Greeting *greeting = static_cast<const Greeting *>(arg);
 
 	if (geterrcode() == ERRCODE_INSUFFICIENT_PRIVILEGE)
-		errhint("At the peer of server \"%s\": SELECT mmrepl.allow_apply(the user of the user "
-				"mapping);",
-				inquiry->server);
+		errhint("At the peer of server \"%s\": SELECT mmrepl.allow_apply(%s);", greeting->server,
+				quote_literal_cstr(greeting->user));
 }
 
 /* The node id of the peer; raises when the extension is not there or may not be called. */
 pg_uuid_t
 Greet(PGconn *conn, Inquiry *inquiry, TimestampTz deadline)
 {
-	ErrorContextCallback callback = {error_context_stack, HintAtGrant, inquiry};
+	Greeting greeting = {inquiry->server, PQuser(conn)};
+	ErrorContextCallback callback = {error_context_stack, HintAtGrant, &greeting};
 	delivery::Peer peer;
 
 	error_context_stack = &callback;

@@ -144,6 +144,14 @@ void KeepFiringAlways(Relation rel);
 /* Warn of triggers of ours that are disabled. */
 void WarnOfDisabled(Relation rel);
 
+/* ---- ddl_events.cpp ---- */
+
+/*
+ * After DROP of objects of that kind: raise when it took what the row filter of a
+ * pair needs, or the index that is the key of a pair's table.
+ */
+void RevalidateAfterDrop(ObjectType type);
+
 /* ---- hand_triggers.cpp ---- */
 
 /*
@@ -151,6 +159,8 @@ void WarnOfDisabled(Relation rel);
  * replicated, make its stream, and tie it to its server.
  */
 void RegisterHandTrigger(Relation rel, const Trigger *trigger);
+/* Raises when such a trigger sends the changes to where the pair would. */
+void RequireNoHandTrigger(Relation rel, const PairRow &row);
 /* After DDL on the table: raise when a trigger with arguments can no longer work. */
 void RevalidateHandTriggers(Relation rel);
 

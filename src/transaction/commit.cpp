@@ -172,20 +172,6 @@ BeforeCommit(bool prepare)
 /* ---- after the end; nothing here may raise ---- */
 
 static void
-AddPairCounts()
-{
-	for (PairCount *count = current.counts; count != NULL; count = count->next)
-	{
-		if (count->counters == NULL)
-			continue;
-		pg_atomic_fetch_add_u64(&count->counters->inserts, count->inserts);
-		pg_atomic_fetch_add_u64(&count->counters->updates, count->updates);
-		pg_atomic_fetch_add_u64(&count->counters->deletes, count->deletes);
-		pg_atomic_fetch_add_u64(&count->counters->truncates, count->truncates);
-	}
-}
-
-static void
 CountSync(const Work *work, bool delivered)
 {
 	if (work->out.slot < 0)
@@ -383,7 +369,7 @@ AfterEnd(queue::Fate fate)
 		HitEnd(fate);
 		SettleAll(fate);
 		MMREPL_CRASH_POINT("commit-ticket-settled");
-		if (fate == queue::Fate::Committed)
+		if (fate != queue::Fate::Aborted)
 			AddPairCounts();
 	}
 	if (current.late != NULL)
@@ -447,6 +433,7 @@ BeforeSubCommit(int level)
 static void
 OnSubCommit(int level)
 {
+	MergePairCounts(level);
 	for (Work *work = current.works; work != NULL; work = work->next)
 		MergeInto(work, level);
 }
@@ -457,6 +444,7 @@ OnSubAbort(int level)
 	bool pending = false;
 
 	MMREPL_CRASH_POINT("savepoint-abort");
+	UndoPairCounts(level);
 	for (Work *work = current.works; work != NULL; work = work->next)
 	{
 		if (work->inlined != NULL)

@@ -418,29 +418,6 @@ Appended(Work *work, change::Segment *segment)
 }
 
 void
-CountCapture(int32 pair_id, change::Kind kind)
-{
-	PairCount *count = current.counts;
-
-	if (pair_id == 0)
-		return;
-	while (count != NULL && count->pair_id != pair_id)
-		count = count->next;
-	if (count == NULL)
-	{
-		count = (PairCount *) MemoryContextAllocZero(current.context, sizeof(PairCount));
-		count->pair_id = pair_id;
-		count->counters = stats::ForPair(MyDatabaseId, pair_id);
-		count->next = current.counts;
-		current.counts = count;
-	}
-	count->inserts += kind == change::kInsert;
-	count->updates += kind == change::kUpdate;
-	count->deletes += kind == change::kDelete;
-	count->truncates += kind == change::kTruncate;
-}
-
-void
 WakeLauncherAtCommit()
 {
 	(void) shmem::DatabaseOf(MyDatabaseId); /* so that the commit callback need not look for it */

@@ -60,10 +60,12 @@ struct Work
 	bool recover;		 /* something may be left prepared at the peer */
 };
 
+/* What was captured for a pair at one nest level of subtransactions, after merges. */
 struct PairCount
 {
 	PairCount *next;
 	int32 pair_id;
+	int level;
 	stats::PairCounters *counters;
 	uint64 inserts, updates, deletes, truncates;
 };
@@ -85,7 +87,7 @@ struct Current
 	MemoryContext context; /* segments; child of TopTransactionContext; NULL: nothing captured */
 	Size held;			   /* bytes of the segments that are finished */
 	Work *works;
-	PairCount *counts;
+	PairCount *counts; /* the deepest nest level first */
 	bool pending_sync; /* some work may have unsent changes */
 	bool written;	   /* head rows are written: too late to capture more */
 	uint64 ticket;	   /* drawn and not settled; 0: none */
@@ -126,6 +128,13 @@ void Pack(Work *work);
  * savepoint has given some of them back.
  */
 void RefuseSync(Work *work, const Route &route);
+
+/* Pairs' counts follow the ends of subtransactions: what is undone was not captured. */
+void MergePairCounts(int level);
+void UndoPairCounts(int level);
+
+/* After the end of a transaction that was committed or prepared.  Raises nothing. */
+void AddPairCounts();
 
 /* At PRE_COMMIT: what shared memory will be told.  Raises when prepared. */
 void ReadResyncs(bool prepare);

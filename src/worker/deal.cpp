@@ -180,7 +180,8 @@ DrainQuietly(const catalog::StreamRow *row, int64 limit)
 	ereport(WARNING, (errcode(error->sqlerrcode),
 					  errmsg("changes could not be delivered: %s", error->message),
 					  error->detail != NULL ? errdetail_internal("%s", error->detail) : 0,
-					  error->hint != NULL ? errhint("%s", error->hint) : 0));
+					  error->hint != NULL ? errhint("%s", error->hint) : 0,
+					  error->context != NULL ? (errcontext("%s", error->context)) : 0));
 	return false;
 }
 
