@@ -223,4 +223,25 @@ section 'hints can be pasted' => sub {
 	here(q{SELECT mmrepl.create_pair('twice', 'hara'); SELECT mmrepl.drop_pair('twice', 'hara')});
 };
 
+# A peer that asked for no password, or did not let the role into the database, was
+# called one that "cannot be reached": the pair was made, and never worked.
+section 'a peer that does not let us in' => sub {
+	my $port = $beta->port;
+
+	$beta->safe_psql('postgres', $_)
+	  foreach ('CREATE ROLE guest LOGIN', 'CREATE DATABASE closed', 'REVOKE CONNECT ON DATABASE closed FROM PUBLIC');
+	here(
+		qq{CREATE ROLE guest LOGIN;
+		   CREATE TABLE visit (id int PRIMARY KEY);
+		   ALTER TABLE visit OWNER TO guest;
+		   GRANT USAGE ON FOREIGN SERVER beta TO guest;
+		   CREATE USER MAPPING FOR guest SERVER beta OPTIONS (user 'guest', password 'unasked');
+		   CREATE SERVER closed FOREIGN DATA WRAPPER mmrepl_fdw OPTIONS (host '127.0.0.1', port '$port', dbname 'closed');
+		   CREATE USER MAPPING FOR CURRENT_USER SERVER closed OPTIONS (user 'guest')});
+	like(refused(q{SET ROLE guest; SELECT mmrepl.create_pair('visit', 'beta')}),
+		qr/ERROR:  2F003: .*^DETAIL:  .*^HINT:  .*password_required/ms, 'it asks for no password');
+	like(refused(q{SELECT mmrepl.create_pair('visit', 'closed')}), qr/ERROR:  42501: .*"closed"/, 'no right to connect');
+	is(here(q{SELECT count(*) FROM mmrepl.pairs WHERE local_table = 'visit'::regclass}), '0', 'no pair was made');
+};
+
 done_testing();

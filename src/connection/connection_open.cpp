@@ -139,8 +139,10 @@ CheckPasswordUsed(PGconn *conn, const Target *target, Failure *failure)
 	SetFailure(failure, ERRCODE_S_R_E_PROHIBITED_SQL_STATEMENT_ATTEMPTED, "password is required");
 	failure->detail = pstrdup("Non-superuser cannot connect if the peer does not request a "
 							  "password.");
-	failure->hint = pstrdup("Change the peer's authentication method, or let a superuser set "
-							"password_required 'false' in the user mapping.");
+	failure->hint = psprintf("Change the peer's authentication method (pg_hba.conf), or let a "
+							 "superuser run ALTER USER MAPPING ... SERVER %s OPTIONS (ADD "
+							 "password_required 'false').",
+							 quote_identifier(target->server_name));
 	return false;
 }
 

@@ -413,15 +413,12 @@ Inquire(PGconn *conn, Inquiry *inquiry)
 
 /*
  * The peer is away: say so, and go on.  One that is there and does not let us in,
- * or has no such database, is no outage: raise.
+ * has no such database, or asks for no password, is no outage: raise.
  */
 void
 WarnUnchecked(const Inquiry &inquiry, const connection::Failure &failure)
 {
-	int category = ERRCODE_TO_CATEGORY(failure.sqlstate);
-
-	if (category == ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION ||
-		category == ERRCODE_INVALID_CATALOG_NAME)
+	if (!connection::IsTransient(failure.sqlstate))
 		connection::ReportFailure(&failure, inquiry.server, NULL);
 	ereport(WARNING,
 			(errcode(failure.sqlstate),
