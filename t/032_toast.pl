@@ -129,6 +129,31 @@ section 'filters, lists of columns, and synchronous changes' => sub {
 		"1|in|t|\n2|now|t|", 'the receiver has what it should');
 };
 
+# What their updates leave alone need not have been captured.
+section 'triggers made by hand bring everything' => sub {
+	$alpha->create_table_on_both($beta, 'CREATE TABLE hand (id int PRIMARY KEY, status text, body text)');
+	$alpha->safe_psql('postgres', q{CREATE TRIGGER "!hand" AFTER UPDATE ON hand FOR EACH ROW
+		EXECUTE FUNCTION mmrepl.replicate('beta', 'public', 'hand', 'loader', 'async')});
+	$alpha->safe_psql('postgres', "INSERT INTO hand SELECT 1, 'new', $long");
+	$alpha->safe_psql('postgres', q{UPDATE hand SET status = 'seen'});
+	$alpha->wait_caught_up('beta');
+	$alpha->same_rows($beta, 'hand', name => 'a row whose INSERT was no event');
+	$alpha->safe_psql('postgres', "SET application_name = 'loader'; UPDATE hand SET body = $long");
+	$alpha->safe_psql('postgres', q{UPDATE hand SET status = 'loaded'});
+	$alpha->wait_caught_up('beta');
+	$alpha->same_rows($beta, 'hand', name => 'a value that came from an application that is left out');
+};
+
+# They could keep the table from being kept open, or fail.
+section 'the receiver does without defaults of what does not come' => sub {
+	$beta->safe_psql('postgres', q{
+		CREATE FUNCTION no_default() RETURNS text IMMUTABLE LANGUAGE plpgsql AS $$ BEGIN RAISE 'no default'; END $$;
+		ALTER TABLE doc ALTER body SET DEFAULT no_default()});
+	cmp_ok(bytes_sent(q{UPDATE doc SET status = 'any' WHERE id = 1}), '<', 1000, 'little is sent');
+	is($beta->safe_psql('postgres', 'SELECT status FROM doc WHERE id = 1'), 'any', '... and arrives');
+	$beta->safe_psql('postgres', 'ALTER TABLE doc ALTER body DROP DEFAULT');
+};
+
 section 'a partitioned receiver' => sub {
 	$alpha->safe_psql('postgres', 'CREATE TABLE moved (id int, region text, body text, PRIMARY KEY (id, region))');
 	$beta->safe_psql('postgres', q{

@@ -148,6 +148,7 @@ struct RelationEncoder
 	ColumnEncoder *columns;
 	bool needs_text_format;
 	bool checked; /* updates and deletes carry the old row */
+	bool whole;	  /* updates bring every column */
 	bool partial;
 	uint32 columns_at;		 /* where the number of columns stands in the definition */
 	uint32 *entries;		 /* where each one's entry starts there, and where the last one ends */
@@ -172,6 +173,7 @@ struct RelationSpec
 	const char *local_table;
 	Conflict conflict;
 	bool checked;
+	bool whole;
 	int32 pair_id;
 	int n_columns;
 	const ColumnSpec *columns;
@@ -236,8 +238,8 @@ bool ValueChanged(int at, TupleTableSlot *old_row, TupleTableSlot *new_row);
 
 /*
  * Append a record.  Slots' attributes are read with slot_getattr; values are
- * detoasted.  An update that is not checked spares those that stayed in TOAST,
- * which are not read.  On an error the segment is as before.
+ * detoasted.  An update spares those that stayed in TOAST, which are not read, unless
+ * the relation is whole or checked.  On an error the segment is as before.
  */
 void AppendInsert(Segment *segment, RelationEncoder *rel, TupleTableSlot *row);
 void AppendUpdate(Segment *segment, RelationEncoder *rel, TupleTableSlot *old_row,

@@ -51,7 +51,8 @@ pg_attribute_noreturn() static void RefuseDifference(Session *session, Target *t
 			 rows ? errdetail("%s", rows) : 0,
 			 errhint(
 				 "Retry the transaction. If it fails again the rows differ for good: repair the "
-				 "row at the peer, or overwrite it with SET LOCAL mmrepl.mode = 'async'.")));
+				 "row at the peer, or overwrite it with SET LOCAL mmrepl.mode = 'async', assigning "
+				 "anew what is in TOAST.")));
 }
 
 /* Whether the change is executed inside the transaction that made it, in sync mode. */

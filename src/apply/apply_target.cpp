@@ -431,7 +431,8 @@ static void
 InitTarget(Session *session, Target *target, const change::Relation *relation)
 {
 	MapColumns(session, target, relation);
-	InitDefaults(target);
+	if (!target->partial) /* of which nothing is inserted */
+		InitDefaults(target);
 	InitExecutor(target);
 	target->reads = ChecksMayRead(target->rel);
 	if (target->rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)

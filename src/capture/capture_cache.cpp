@@ -157,7 +157,11 @@ ChooseColumns(Relation rel, const catalog::Pair *pair, change::ColumnSpec *colum
 	return count;
 }
 
-/* The relation that the pair names: the table itself or the root it is a partition of. */
+/*
+ * The relation that the pair names: the table itself or the root it is a partition of.
+ * A trigger made by hand may leave out events and applications: what its update left
+ * alone need not be at the peer.
+ */
 static void
 BuildEncoder(Target *target, Relation rel, const catalog::Pair *pair)
 {
@@ -169,6 +173,7 @@ BuildEncoder(Target *target, Relation rel, const catalog::Pair *pair)
 	spec.local_schema = get_namespace_name(get_rel_namespace(pair->local_table));
 	spec.local_table = get_rel_name(pair->local_table);
 	spec.conflict = (change::Conflict) pair->conflict;
+	spec.whole = pair->id == 0;
 	spec.pair_id = pair->id;
 	spec.n_columns = ChooseColumns(rel, pair, columns);
 	spec.columns = columns;

@@ -303,7 +303,7 @@ static RelationEncoder *
 Sparing(RelationEncoder *rel, TupleTableSlot *old_row, TupleTableSlot *new_row)
 {
 	constexpr int kMostSpared = 8;
-	Bitmapset *unmoved = rel->checked ? NULL : Unmoved(rel, old_row, new_row);
+	Bitmapset *unmoved = rel->whole ? NULL : Unmoved(rel, old_row, new_row);
 
 	if (unmoved == NULL)
 		return rel;

@@ -112,6 +112,7 @@ BuildRelationEncoder(const RelationSpec &spec, TupleDesc desc)
 
 	rel->serial = ++last_serial;
 	rel->checked = spec.checked;
+	rel->whole = spec.whole || spec.checked;
 	rel->n_columns = spec.n_columns;
 	rel->columns = (ColumnEncoder *) palloc0(sizeof(ColumnEncoder) * spec.n_columns);
 	rel->entries = (uint32 *) palloc(sizeof(uint32) * (spec.n_columns + 1));
