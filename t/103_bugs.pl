@@ -161,6 +161,12 @@ section 'what a filter needs stays' => sub {
 		like(refused($ddl), qr/ERROR:  .*^HINT:  .*^CONTEXT:  row_filter of table "filtered"/ms, $ddl);
 	}
 	here('DROP FUNCTION tools.other(int)');
+
+	# Who has the table for himself keeps nobody from making functions that it does not need.
+	my $owner = $alpha->session;
+	$owner->ok('BEGIN; LOCK TABLE filtered');
+	here(q{SET lock_timeout = '10s'; CREATE FUNCTION tools.third() RETURNS int LANGUAGE sql AS 'SELECT 3'});
+	$owner->ok('ROLLBACK');
 	here('INSERT INTO filtered VALUES (1), (-1)');
 	synced();
 	is($beta->safe_psql('postgres', 'SELECT array_agg(id) FROM filtered'), '{1}', 'and is obeyed');

@@ -120,12 +120,20 @@ RevalidatePairsBelow(Oid relation)
 	}
 }
 
+/* Whether the pair has a filter, and that may name something with this name (NULL: anything). */
+bool
+HasFilterWith(const PairRow &row, const char *name)
+{
+	return row.row_filter != NULL && (name == NULL || strstr(row.row_filter, name) != NULL);
+}
+
 /*
- * The pairs of the database that have a filter, or all whose key is a replica
- * identity.  Those that do not capture may be in any state: a restore is under way.
+ * The pairs of the database that have a filter (with the name in it, unless that is
+ * NULL), or all whose key is a replica identity.  Those that do not capture may be in
+ * any state: a restore is under way.
  */
 void
-RevalidatePairs(bool with_filter)
+RevalidatePairs(bool with_filter, const char *name)
 {
 	ListCell *cell;
 
@@ -133,7 +141,7 @@ RevalidatePairs(bool with_filter)
 	{
 		const PairRow *row = (const PairRow *) lfirst(cell);
 
-		if (!row->enabled || (with_filter && row->row_filter == NULL))
+		if (!row->enabled || (with_filter && !HasFilterWith(*row, name)))
 			continue;
 
 		Relation rel = try_relation_open(row->table, AccessShareLock);
@@ -166,6 +174,14 @@ IsOfFilters(ObjectType type)
 		default:
 			return false;
 	}
+}
+
+/* A function is another one now: only filters that may call it matter, and only their tables are locked. */
+void
+OnFunction(const List *name)
+{
+	if (catalog::ExtensionExists())
+		RevalidatePairs(true, strVal(llast(name)));
 }
 
 /* ALTER TABLE: nothing that a pair needs may go, and what is enabled is enabled always. */
@@ -341,7 +357,7 @@ OnRename(const RenameStmt *statement)
 	else if (statement->renameType == OBJECT_FOREIGN_SERVER)
 		OnRenameServer(statement);
 	else if (IsOfFilters(statement->renameType) && catalog::ExtensionExists())
-		RevalidatePairs(true);
+		RevalidatePairs(true, NULL);
 }
 
 } // namespace
@@ -351,9 +367,9 @@ void
 RevalidateAfterDrop(ObjectType type)
 {
 	if (type == OBJECT_INDEX)
-		RevalidatePairs(false);
+		RevalidatePairs(false, NULL);
 	else if (IsOfFilters(type))
-		RevalidatePairs(true);
+		RevalidatePairs(true, NULL);
 }
 
 /* SQL: event trigger mmrepl_ddl_end. */
@@ -383,12 +399,13 @@ SqlOnDdlEnd(FunctionCallInfo fcinfo)
 		case T_AlterObjectSchemaStmt:
 			if (IsOfFilters(((const AlterObjectSchemaStmt *) command)->objectType) &&
 				catalog::ExtensionExists())
-				RevalidatePairs(true);
+				RevalidatePairs(true, NULL);
 			break;
 		case T_AlterFunctionStmt: /* it may be volatile now */
-		case T_CreateFunctionStmt:
-			if (catalog::ExtensionExists())
-				RevalidatePairs(true);
+			OnFunction(((const AlterFunctionStmt *) command)->func->objname);
+			break;
+		case T_CreateFunctionStmt: /* so may what it replaces */
+			OnFunction(((const CreateFunctionStmt *) command)->funcname);
 			break;
 		case T_AlterForeignServerStmt:
 		case T_AlterFdwStmt:
