@@ -36,6 +36,16 @@ sub warm
 	return warm_session($alpha, 'beta', 'INSERT INTO account VALUES (' . $next++ . ', 1)');
 }
 
+# The fault is in force for the worker: it is told before new sessions are made.
+sub arm
+{
+	my ($fault) = @_;
+
+	arm_fault($alpha, $fault);
+	until_true(sub { query($alpha, 'SHOW mmrepl.fault') eq $fault }) or fail("$fault is set");
+	return;
+}
+
 sub judge
 {
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
@@ -129,8 +139,7 @@ section 'the peer crashes before the seal' => sub {
 	my $fault = 'seal-built:wait:1';
 	my $writer = stop_flushing($beta);
 
-	arm_fault($alpha, $fault);
-	until_true(sub { query($alpha, 'SHOW mmrepl.fault') eq $fault }) or fail("$fault is set");
+	arm($fault);
 	$session->ok("INSERT INTO account VALUES ($id, 1)");
 	ok(await_fault($alpha, $fault), 'it is to be sealed');
 	is(here(q{SELECT mmrepl.wait_for_replay('beta', '100 ms')}), 'f', 'until then it is not confirmed');
@@ -139,6 +148,43 @@ section 'the peer crashes before the seal' => sub {
 	is(there("SELECT count(*) FROM account WHERE id = $id"), '0', 'the peer has lost it');
 	disarm_faults($alpha);
 	judge('before the seal');
+	is(there("SELECT count(*) FROM account WHERE id = $id"), '1', '... the peer has it again');
+	eval { $session->quit };
+};
+
+# The flush that a seal waits for covers what was there before it alone.
+section 'what is passed behind a seal that is on its way' => sub {
+	my ($sent, $built) = ('worker-batch-sent:wait:1', 'seal-built:wait:1');
+	my ($session, $id, $writer, $sealed);
+
+	$session = warm();
+	for (my $try = 0; $try < 10 && !$sealed; $try++) # not where markers are swept, which seals as well
+	{
+		arm($sent);
+		my $seals = point_hits($alpha, 'seal-built');
+		$writer = stop_flushing($beta);
+		$session->ok('INSERT INTO account VALUES (' . $next++ . ', 1)');
+		my $end = there('SELECT pg_current_wal_insert_lsn()');
+		ok(await_fault($alpha, $sent), 'something is on its way');
+		$sealed = point_hits($alpha, 'seal-built') > $seals
+		  && point_hits($alpha, 'sweep-chosen') == point_hits($alpha, 'sweep-built');
+		$beta->poll_ok("SELECT pg_current_wal_flush_lsn() >= '$end'", '... a seal, and it is flushed there') if $sealed;
+		kill('CONT', $writer) if !$sealed;
+		disarm_faults($alpha) if !$sealed;
+		$alpha->wait_caught_up('beta') if !$sealed;
+	}
+	ok($sealed, 'a seal is on its way');
+	$id = $next++;
+	$session->ok("INSERT INTO account VALUES ($id, 1)");
+	arm($built);
+	release_fault($alpha, $sent);
+	ok(await_fault($alpha, $built), 'what came after it is to be sealed, too');
+	is(here(q{SELECT mmrepl.wait_for_replay('beta', '100 ms')}), 'f', 'until then it is not confirmed');
+	lose_unflushed($beta, $writer);
+	bring_back($beta);
+	is(there("SELECT count(*) FROM account WHERE id = $id"), '0', 'the peer has lost it');
+	disarm_faults($alpha);
+	judge('behind a seal');
 	is(there("SELECT count(*) FROM account WHERE id = $id"), '1', '... the peer has it again');
 	eval { $session->quit };
 };
@@ -163,8 +209,7 @@ section 'a pause while the worker passes' => sub {
 	my ($session, $id) = (warm(), $next++);
 	my $fault = 'feed-passed:wait:1';
 
-	arm_fault($alpha, $fault);
-	until_true(sub { query($alpha, 'SHOW mmrepl.fault') eq $fault }) or fail("$fault is set");
+	arm($fault);
 	$session->ok("INSERT INTO account VALUES ($id, 1)");
 	ok(await_fault($alpha, $fault), 'the worker passes what was applied');
 	here(q{SELECT mmrepl.pause('beta')});

@@ -55,13 +55,7 @@ sub arm
 	return;
 }
 
-# How often a point was passed since the server's start.
-sub hits
-{
-	my ($name) = @_;
-
-	return (map { $_->{hits} } grep { $_->{name} eq $name } fault_points($alpha))[0];
-}
+sub hits { return point_hits($alpha, $_[0]) }
 
 # A row that the peer shows, and its id.
 sub insert

@@ -16,7 +16,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(usleep);
 
-our @EXPORT = qw(fault_points arm_fault disarm_faults fired firing await_fault
+our @EXPORT = qw(fault_points point_hits arm_fault disarm_faults fired firing await_fault
   release_fault forget_fault shut_down bring_back comes_back is_down until_true query);
 
 # Names of the points on the way by which a queue is given up, and of resync(): they
@@ -53,6 +53,14 @@ sub fault_points
 		my ($name, $errors, $hits) = split /\|/;
 		{ name => $name, errors => $errors eq 't', hits => $hits }
 	} split /\n/, $rows;
+}
+
+# How often a point was passed since the server's start.
+sub point_hits
+{
+	my ($node, $name) = @_;
+
+	return (map { $_->{hits} } grep { $_->{name} eq $name } fault_points($node))[0];
 }
 
 sub mark_of
