@@ -166,6 +166,8 @@ section 'what a filter needs stays' => sub {
 	my $owner = $alpha->session;
 	$owner->ok('BEGIN; LOCK TABLE filtered');
 	here(q{SET lock_timeout = '10s'; CREATE FUNCTION tools.third() RETURNS int LANGUAGE sql AS 'SELECT 3'});
+	here(q{CREATE TABLE tools.alone (id int); CREATE INDEX alone_id ON tools.alone (id)});
+	here(q{SET lock_timeout = '10s'; DROP INDEX tools.alone_id});
 	$owner->ok('ROLLBACK');
 	here('INSERT INTO filtered VALUES (1), (-1)');
 	synced();

@@ -127,6 +127,20 @@ HasFilterWith(const PairRow &row, const char *name)
 	return row.row_filter != NULL && (name == NULL || strstr(row.row_filter, name) != NULL);
 }
 
+/* Whether the table's key is, or was, an index that was named for that.  Takes no lock. */
+bool
+HasIdentityIndex(Oid table)
+{
+	HeapTuple tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(table));
+
+	if (!HeapTupleIsValid(tuple))
+		return false;
+	bool has = ((Form_pg_class) GETSTRUCT(tuple))->relreplident == REPLICA_IDENTITY_INDEX;
+
+	ReleaseSysCache(tuple);
+	return has;
+}
+
 /*
  * The pairs of the database that have a filter (with the name in it, unless that is
  * NULL), or all whose key is a replica identity.  Those that do not capture may be in
@@ -141,15 +155,15 @@ RevalidatePairs(bool with_filter, const char *name)
 	{
 		const PairRow *row = (const PairRow *) lfirst(cell);
 
-		if (!row->enabled || (with_filter && !HasFilterWith(*row, name)))
+		if (!row->enabled ||
+			!(with_filter ? HasFilterWith(*row, name) : HasIdentityIndex(row->table)))
 			continue;
 
 		Relation rel = try_relation_open(row->table, AccessShareLock);
 
 		if (rel == NULL)
 			continue;
-		if (OidIsValid(FindPairTriggers(rel).row) &&
-			(with_filter || rel->rd_rel->relreplident == REPLICA_IDENTITY_INDEX))
+		if (OidIsValid(FindPairTriggers(rel).row))
 			RevalidatePair(rel, *row);
 		relation_close(rel, NoLock);
 	}
