@@ -329,6 +329,15 @@ section 'in doubt' => sub {
 	there('UPDATE doubt SET v = v + 1 WHERE id = 1');
 	is(here('SELECT v FROM doubt WHERE id = 1'), '2', 'the retry goes through');
 
+	# An update that changed nothing cannot be missed by the peer's writers: what
+	# they have done since was overwritten when it came.
+	in_doubt('UPDATE doubt SET v = v WHERE id = 1', sub { });
+	there('UPDATE doubt SET v = v + 1 WHERE id = 1');
+	here(q{SELECT mmrepl.resume('beta')});
+	$alpha->wait_caught_up('beta');
+	is(there('SELECT v FROM doubt WHERE id = 1'), '3', 'what changed nothing overwrites nothing');
+	$alpha->same_rows($beta, 'doubt', name => 'equal after that');
+
 	# Somebody writes there who does not replicate: the pair's rule decides, for
 	# there is no writer any more who could be told.
 	my $conflicts = there('SELECT sum(conflicts) FROM mmrepl.progress');

@@ -218,6 +218,21 @@ CheckPublication(Leaf *leaf, CmdType command)
 }
 
 /*
+ * Whether the update, which brought the old row, left it as it was.  Nobody can see in
+ * the rows whether it is here already, so that later changes may have come before it.
+ */
+static bool
+ChangesNothing(const change::Change *change)
+{
+	if (change->kind != change::kUpdate || change->has_old_key)
+		return false;
+	for (int i = 0; i < change->relation->n_columns; i++)
+		if (!change->relation->columns[i].key && !change->old[i].same)
+			return false;
+	return true;
+}
+
+/*
  * Whether the row in leaf->found may be changed: it is the one that was changed at
  * the sender, or the pair's rule says that it does not matter.  Where it is not
  * locked, it is this very version that is written, or none.
@@ -225,8 +240,11 @@ CheckPublication(Leaf *leaf, CmdType command)
 static bool
 MayChange(Session *session, Target *target, Leaf *leaf, Type type, TupleTableSlot *search)
 {
-	return !target->carries_old || IsExpectedRow(session, target, leaf, session->change) ||
-		   Resolve(session, target, leaf, type, search) == Action::Apply;
+	if (!target->carries_old || IsExpectedRow(session, target, leaf, session->change))
+		return true;
+	if (!session->header.Inline() && ChangesNothing(session->change))
+		return false;
+	return Resolve(session, target, leaf, type, search) == Action::Apply;
 }
 
 /* Update what PeekRow() found, or finds when that has changed since; false when there is none. */
