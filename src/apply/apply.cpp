@@ -28,15 +28,6 @@ static struct
 
 MMREPL_IN_TEST_BUILD(static bool applied_here;) /* this transaction has called apply() */
 
-/* A transaction's head in the batch. */
-struct Transaction
-{
-	uint64 ticket;
-	uint64 xid;
-	uint8 flags;
-	uint32 segments;
-};
-
 /* What came is not what batch.hpp describes; never returns. */
 void
 Malformed(const char *detail)
@@ -170,13 +161,9 @@ FollowClock(const Header &header)
 		;
 }
 
-/* Fill the head of the batch's next transaction; its segments follow in the reader. */
-static void
-ReadTransaction(Session *session, Transaction *transaction)
+void
+ReadTransaction(const Header &header, change::Reader *in, Transaction *transaction)
 {
-	change::Reader *in = &session->reader;
-	const Header &header = session->header;
-
 	if (in->U8() != batch::kTransaction)
 		Malformed("A transaction does not begin where one should.");
 	transaction->ticket = ReadNumber(in);
@@ -254,6 +241,12 @@ Admit(Session *session, const Transaction &transaction, bool first, uint64 water
 	return InsertMarker(header.node, header.stream, transaction.xid);
 }
 
+const char *
+Place(const change::Decoder *decoder)
+{
+	return decoder->reader.data + decoder->reader.position;
+}
+
 /*
  * Apply every change of a segment, in order.  Relations live as long as the segment,
  * and so does the change: an error handler may show it when this frame is gone.
@@ -271,6 +264,7 @@ ApplySegment(Session *session, const char *data, uint32 length)
 	while ((session->change = change::Next(decoder)) != NULL)
 	{
 		CHECK_FOR_INTERRUPTS();
+		session->at = Place(decoder);
 		if (session->change->kind == change::kTruncate)
 			AddTruncate(session, session->change->relation);
 		else
@@ -289,12 +283,13 @@ ApplyTransactions(Session *session, uint64 watermark)
 {
 	bool apply = false;
 
+	session->begin = session->reader.position;
 	BeginBatchTriggers(session);
 	for (bool first = true; !session->reader.AtEnd(); first = false)
 	{
 		Transaction transaction;
 
-		ReadTransaction(session, &transaction);
+		ReadTransaction(session->header, &session->reader, &transaction);
 		session->ticket = transaction.ticket;
 		session->xid = transaction.xid;
 		apply = Admit(session, transaction, first, watermark);

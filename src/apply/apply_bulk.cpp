@@ -71,6 +71,7 @@ ResolveConflicts(Session *session, Target *target)
 		if (run->conflicts[i])
 		{
 			session->ticket = run->tickets[i];
+			session->at = run->at[i];
 			ShareRow(target->row, run->inserts[i]);
 			PlaceRow(session, target, target->leaves, target->row);
 		}

@@ -101,7 +101,8 @@ Add(Session *session, Target *target, change::Kind kind, Size bytes, int most)
 		run->next = NULL;
 		*end = target;
 	}
-	run->tickets[run->count++] = session->ticket;
+	run->tickets[run->count] = session->ticket;
+	run->at[run->count++] = session->at;
 	run->bytes += bytes;
 	if (run->count == most || run->bytes >= kRunBytes)
 		FlushCollected(session, target);
@@ -143,6 +144,7 @@ FlushCollected(Session *session, Target *target)
 {
 	uint64 ticket = session->ticket;
 	const change::Change *change = session->change;
+	const char *at = session->at;
 	const char *schema = session->schema;
 	const char *table = session->table;
 	Target **link = &session->collected;
@@ -169,6 +171,7 @@ FlushCollected(Session *session, Target *target)
 	MemoryContextReset(target->run->context);
 	session->ticket = ticket;
 	session->change = change;
+	session->at = at;
 	session->schema = schema;
 	session->table = table;
 }

@@ -93,6 +93,8 @@ Action
 Resolve(Session *session, Target *target, Leaf *leaf, Type type, TupleTableSlot *row)
 {
 	MmreplEnsure(!session->ahead, "conflict found ahead of the batch before");
+	if (target->carries_old && !session->header.Inline() && IsUndone(session))
+		return Action::Skip;
 	bool row_known = type != Type::DeleteMissing && !target->partial;
 	bool at_writer = IsAtWriter(session, target);
 	Action action = conflict::Decide(type, target->rule, row_known, at_writer);

@@ -14,6 +14,7 @@
  *	 apply_compare.cpp	whether the row that is here is the one that was changed
  *	 apply_write.cpp	insert, update, delete
  *	 apply_conflict.cpp	what is done about a conflict
+ *	 apply_undone.cpp	changes that those behind them undo
  *	 apply_collect.cpp	changes that wait to be written together
  *	 apply_bulk.cpp		runs of inserts
  *	 apply_group.cpp	runs of updates
@@ -112,7 +113,8 @@ struct Leaf
 	MemoryContext context; /* the scan's: it allocates as it goes, and outlives the row */
 };
 
-struct Run; /* changes that wait to be written together */
+struct Run;		/* changes that wait to be written together */
+struct History; /* what a batch does to each row */
 
 /*
  * A relation of the change set at this node, open for the rest of the batch; of
@@ -179,7 +181,8 @@ struct Run
 	int count;
 	Size bytes;
 	uint64 tickets[kRunRows];
-	int n_inserts; /* slots made so far */
+	const char *at[kRunRows]; /* Session::at */
+	int n_inserts;			  /* slots made so far */
 	TupleTableSlot *inserts[kRunRows];
 	bool conflicts[kRunRows];
 	int n_updates;
@@ -203,6 +206,15 @@ struct Progress
 	int64 conflicts;
 };
 
+/* A transaction's head in the batch. */
+struct Transaction
+{
+	uint64 ticket;
+	uint64 xid;
+	uint8 flags;
+	uint32 segments;
+};
+
 /* One call of apply(). */
 struct Session
 {
@@ -211,6 +223,7 @@ struct Session
 	bool ahead;		   /* the batch before may still be at work: see WaitForPredecessor() */
 	bool quiet_waits;  /* log_lock_waits is on, but not while ahead */
 	change::Reader reader;
+	uint32 begin; /* where its transactions begin */
 	Oid caller;
 	int caller_sec_context;
 	MemoryContext context; /* lives as long as the call */
@@ -225,6 +238,7 @@ struct Session
 	Target *collected; /* targets with changes that wait */
 	List *truncated;   /* relations of TRUNCATE records that wait to be done together */
 	int64 conflicts;
+	History *history;		/* NULL: nobody has asked for it */
 	bool may_defer;			/* something may wait for the transaction's end to be checked */
 	StringInfoData scratch; /* a value's bytes, for receive functions */
 
@@ -232,6 +246,7 @@ struct Session
 	uint64 ticket;
 	uint64 xid;
 	const change::Change *change;
+	const char *at;		/* where the change ends in the batch: its identity in there */
 	const char *schema; /* of the table being written; NULL: none yet */
 	const char *table;
 	const Target *updating; /* a collected update; the key is in its search slot */
@@ -242,6 +257,11 @@ struct Session
 
 /* Raise ERRCODE_MMREPL_BAD_BATCH. */
 pg_attribute_noreturn() void Malformed(const char *detail);
+
+/* Fill the head of the batch's next transaction; its segments follow in the reader. */
+void ReadTransaction(const Header &header, change::Reader *in, Transaction *transaction);
+/* Where the change ends that the decoder has read last. */
+const char *Place(const change::Decoder *decoder);
 
 /* Make what was written visible to what follows. */
 void NextCommand();
@@ -328,6 +348,18 @@ TupleTableSlot *FoundInRoot(Leaf *leaf);
  */
 conflict::Action Resolve(Session *session, Target *target, Leaf *leaf, conflict::Type type,
 						 TupleTableSlot *row);
+
+/* ---- apply_undone.cpp ---- */
+
+/*
+ * To be asked about a change of a checked relation, of the queue, that is in conflict:
+ * whether it is one of a series that leaves its row as it was.  Then neither it nor
+ * the rest of the series is to be done; for the rest IsPassedOver() says so.  Reads the
+ * whole batch when it is asked for the first time.
+ */
+bool IsUndone(Session *session);
+/* Whether the change at session->at is the rest of such a series. */
+bool IsPassedOver(Session *session);
 
 /* ---- apply_keep.cpp ---- */
 

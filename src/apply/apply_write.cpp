@@ -218,21 +218,6 @@ CheckPublication(Leaf *leaf, CmdType command)
 }
 
 /*
- * Whether the update, which brought the old row, left it as it was.  Nobody can see in
- * the rows whether it is here already, so that later changes may have come before it.
- */
-static bool
-ChangesNothing(const change::Change *change)
-{
-	if (change->kind != change::kUpdate || change->has_old_key)
-		return false;
-	for (int i = 0; i < change->relation->n_columns; i++)
-		if (!change->relation->columns[i].key && !change->old[i].same)
-			return false;
-	return true;
-}
-
-/*
  * Whether the row in leaf->found may be changed: it is the one that was changed at
  * the sender, or the pair's rule says that it does not matter.  Where it is not
  * locked, it is this very version that is written, or none.
@@ -242,8 +227,6 @@ MayChange(Session *session, Target *target, Leaf *leaf, Type type, TupleTableSlo
 {
 	if (!target->carries_old || IsExpectedRow(session, target, leaf, session->change))
 		return true;
-	if (!session->header.Inline() && ChangesNothing(session->change))
-		return false;
 	return Resolve(session, target, leaf, type, search) == Action::Apply;
 }
 
@@ -493,6 +476,8 @@ ApplyRowChange(Session *session, const change::Change *change)
 	if (session->collected != NULL)
 		FlushBefore(session, target, change,
 					target->proute != NULL || target->leaves->queues || IsObserved(target));
+	if (IsPassedOver(session))
+		return;
 	ResetPerTupleExprContext(target->estate);
 	BecomeOwner(session, target->owner, target->trusted);
 	InContext(GetPerTupleMemoryContext(target->estate), [&] {

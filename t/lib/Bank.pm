@@ -54,6 +54,10 @@ sub transfers
 			  sort { $a <=> $b } map { 1 + int(rand($accounts)) } (1, 2);
 			my $amount = int(rand(200)) - 100;
 
+			# Nobody at the other node can see in the accounts that these are missing.
+			$amount = 0 if rand() < 0.125;
+			$b = $a if rand() < 0.125;
+
 			$done++;
 			$token = "$prefix.$done";
 			$sql = 'BEGIN; '
