@@ -59,6 +59,38 @@ CollectsUpdates(const Target *target)
 
 /* ---- collecting ---- */
 
+template <typename Element>
+static void
+Enlarge(Element **array, int used, int capacity)
+{
+	Element *larger = (Element *) palloc(sizeof(Element) * capacity);
+
+	if (used > 0)
+		memcpy(larger, *array, sizeof(Element) * used);
+	if (*array != NULL)
+		pfree(*array);
+	*array = larger;
+}
+
+/* Room for one more row: a table that has few at a time, as most have, needs little memory. */
+static void
+MakeRoom(const Target *target)
+{
+	Run *run = target->run;
+
+	if (run->count < run->capacity)
+		return;
+	int capacity = Min(Max(4 * run->capacity, kGroupRows), kRunRows);
+
+	InContext(target->estate->es_query_cxt, [&] {
+		Enlarge(&run->tickets, run->count, capacity);
+		Enlarge(&run->at, run->count, capacity);
+		Enlarge(&run->inserts, run->n_inserts, capacity);
+		Enlarge(&run->conflicts, 0, capacity);
+	});
+	run->capacity = capacity;
+}
+
 /* The next slot, made when it is needed for the first time. */
 static TupleTableSlot *
 NextSlot(const Target *target, TupleTableSlot **slots, int *n_slots,
@@ -113,6 +145,8 @@ void
 CollectInsert(Session *session, Target *target)
 {
 	Run *run = target->run;
+
+	MakeRoom(target);
 	TupleTableSlot *slot =
 		NextSlot(target, run->inserts, &run->n_inserts, table_slot_callbacks(target->rel));
 
@@ -127,6 +161,8 @@ void
 CollectUpdate(Session *session, Target *target)
 {
 	Run *run = target->run;
+
+	MakeRoom(target);
 	TupleTableSlot *slot = NextSlot(target, run->updates, &run->n_updates, &TTSOpsVirtual);
 
 	ShareRow(slot, target->row);

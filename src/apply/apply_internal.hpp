@@ -180,11 +180,12 @@ struct Run
 	change::Kind kind;
 	int count;
 	Size bytes;
-	uint64 tickets[kRunRows];
-	const char *at[kRunRows]; /* Session::at */
-	int n_inserts;			  /* slots made so far */
-	TupleTableSlot *inserts[kRunRows];
-	bool conflicts[kRunRows];
+	int capacity; /* of tickets, at, inserts and conflicts; grows to kRunRows */
+	uint64 *tickets;
+	const char **at; /* Session::at */
+	int n_inserts;	 /* slots made so far */
+	TupleTableSlot **inserts;
+	bool *conflicts;
 	int n_updates;
 	TupleTableSlot *updates[kGroupRows];
 	ItemPointerData places[kGroupRows]; /* where the index says that the row is */

@@ -14,9 +14,9 @@
 namespace mmrepl::apply
 {
 
-constexpr int kKeptTargets = 64;
+constexpr int kKeptTargets = 256;
 
-static Target *kept;
+static Target *kept; /* last used first */
 static int n_kept;
 static uint64 changes; /* of relations, as far as this process knows */
 
@@ -89,18 +89,17 @@ JudgeKeeping(Target *target)
 
 /* ---- keeping ---- */
 
-/* Forget all: somebody writes to more tables than it pays to remember. */
+/* The one that was used longest ago. */
 static void
-ForgetKept()
+ForgetOldest()
 {
-	while (kept != NULL)
-	{
-		Target *target = kept;
+	Target **link = &kept;
 
-		kept = target->next;
-		MemoryContextDelete(target->context);
-	}
-	n_kept = 0;
+	while ((*link)->next != NULL)
+		link = &(*link)->next;
+	MemoryContextDelete((*link)->context);
+	*link = NULL;
+	n_kept--;
 }
 
 /* What lives as long as the process. */
@@ -141,7 +140,7 @@ Keep(Target *target)
 
 	ClearSlots(target);
 	if (n_kept == kKeptTargets)
-		ForgetKept();
+		ForgetOldest();
 	leaf->index_oid = RelationGetRelid(leaf->index);
 	CloseSearch(leaf);
 	for (int i = 0; i < info->ri_NumIndices; i++)
