@@ -157,6 +157,25 @@ sub all_of_them
 	return;
 }
 
+# It brings no old row by which somebody could see that the peer has more.
+sub truncate_waits
+{
+	section 'TRUNCATE while a transaction is in doubt' => sub {
+		in_doubt(q{INSERT INTO acc VALUES (7, 7, 'x')});
+		my $err = $beta->fails('postgres', 'TRUNCATE acc');
+
+		like($err, qr/ERROR:  40001: could not serialize replicated TRUNCATE of relation "public.acc"/,
+			'refused where it would be missed');
+		like($err, qr/HINT:  Retry/, '... to be retried');
+		isnt(rows($beta), '', 'nothing is gone');
+		here(q{SELECT mmrepl.resume('beta'), mmrepl.retry_now('beta')});
+		$alpha->wait_caught_up('beta');
+		there('TRUNCATE acc');
+		is(rows($_), '', 'then it is done on ' . $_->name) foreach ($alpha, $beta);
+	};
+	return;
+}
+
 my %ddl = (
 	plain => 'CREATE TABLE acc (id int PRIMARY KEY, v int, t text)',
 	partitioned => q{
@@ -179,6 +198,7 @@ foreach my $kind ([ 'plain', 0 ], [ 'plain', 1 ], [ 'with a trigger', 1 ], [ 'pa
 	$alpha->create_pair('acc', 'beta', q{mode => 'sync', on_unreachable => 'queue'});
 	$beta->create_pair('acc', 'alpha', q{mode => 'sync'});
 	all_of_them();
+	truncate_waits() if $in_doubt;
 }
 
 done_testing();

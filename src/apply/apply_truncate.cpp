@@ -8,6 +8,45 @@
 namespace mmrepl::apply
 {
 
+/* Whether a synchronous transaction for the pair's target is, or may be, in doubt. */
+static bool
+IsInDoubt(const catalog::Pair *pair)
+{
+	for (shmem::Stream &stream : shmem::Get().streams)
+		if (stream.in_use && stream.database == MyDatabaseId && stream.server == pair->server &&
+			stream.owner == pair->owner &&
+			pg_atomic_read_u64(&stream.doubt_to) > pg_atomic_read_u64(&stream.confirmed))
+			return true;
+	return false;
+}
+
+/*
+ * A change carries its old row, TRUNCATE nothing: what is in doubt would be gone here,
+ * and come to its target behind this TRUNCATE.  With the table's lock: whoever wrote
+ * before has ended, and what is in doubt is known.
+ */
+static void
+RefuseDoubt(const Session *session, Relation rel)
+{
+	ListCell *cell;
+
+	foreach(cell, catalog::PairsOf(RelationGetRelid(rel)))
+	{
+		const catalog::Pair *pair = (const catalog::Pair *) lfirst(cell);
+
+		if (pair->mode == catalog::Mode::Sync && IsInDoubt(pair))
+			ereport(ERROR,
+					(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+					 errmsg("could not serialize replicated TRUNCATE of relation \"%s.%s\"",
+							session->schema, session->table),
+					 errdetail("A transaction of the peer is in doubt at its server \"%s\": what "
+							   "it wrote would come there after the TRUNCATE.",
+							   pair->server_name),
+					 errhint("Retry the transaction. The peer's mmrepl.in_doubt shows what is in "
+							 "doubt.")));
+	}
+}
+
 /*
  * Lock the table and remember it.  All tables are closed first: TRUNCATE
  * rebuilds indexes, which must not be open.
@@ -25,6 +64,8 @@ AddTruncate(Session *session, const change::Relation *relation)
 		OpenRelation(session, session->schema, session->table, AccessExclusiveLock, ACL_TRUNCATE);
 
 	CheckPrivilege(session, rel, ACL_TRUNCATE);
+	if (session->header.Inline())
+		RefuseDoubt(session, rel);
 	session->truncated = lappend(session->truncated, rel);
 	MemoryContextSwitchTo(old);
 }
