@@ -8,7 +8,7 @@
 #		name, and "exists already" is an answer, too.
 #
 #		Faults and transfers follow from the seed, which is printed; MMREPL_SEED
-#		is another one.
+#		is another one.  What strikes the nodes is in Masters.pm.
 
 package Bank;
 
@@ -16,10 +16,9 @@ use strict;
 use warnings;
 
 use Client;
-use FaultProxy;
+use Masters;
 use MmreplCluster;
 use Test::More;
-use Time::HiRes ();
 
 my $accounts = 1000;
 
@@ -73,87 +72,6 @@ sub transfers
 	};
 }
 
-# One blow; what it stops is brought back by heal().
-sub strike
-{
-	my ($one, $faults) = @_;
-	my $fault = $faults->[ rand @$faults ];
-
-	if ($fault eq 'immediate')
-	{
-		$one->stop('immediate');
-	}
-	elsif ($fault eq 'fast')
-	{
-		$one->stop('fast');
-	}
-	elsif ($fault eq 'kill')
-	{
-		my ($ret, $pid) = $one->psql(
-			'postgres', q{SELECT pid FROM pg_stat_activity
-						  WHERE backend_type = 'client backend'
-						  AND pid <> pg_backend_pid() ORDER BY random() LIMIT 1});
-		kill 'KILL', $pid if $ret == 0 && $pid =~ /^\d+$/;
-	}
-	elsif ($fault eq 'cut')
-	{
-		# the sessions of the other node's writers, in whatever they are doing
-		$one->psql('postgres',
-			q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-			  WHERE client_addr IS NOT NULL});
-	}
-	elsif ($fault eq 'close')
-	{
-		$one->{closed} = 1;
-		$one->close_to_peers;
-		Time::HiRes::sleep(rand(0.5));
-	}
-	elsif ($fault eq 'reset')
-	{
-		$one->{proxy}->reset;
-	}
-	elsif ($fault eq 'lost answer' || $fault eq 'lost commit')
-	{
-		# of the next few COMMITs, one a connection
-		$one->{proxy}->rule(
-			action => 'reset',
-			from => 'client',
-			pattern => 'COMMIT',
-			when => $fault eq 'lost answer' ? 'after' : 'before',
-			times => 4);
-		Time::HiRes::sleep(0.3);
-	}
-	elsif ($fault eq 'stall')
-	{
-		$one->{proxy}->hold;
-		Time::HiRes::sleep(rand(1));
-		$one->{proxy}->release;
-	}
-	elsif ($fault eq 'black hole')
-	{
-		$one->{proxy}->new_connections('black hole');
-		$one->{proxy}->reset;
-		Time::HiRes::sleep(rand(1));
-	}
-	return $fault;
-}
-
-sub heal
-{
-	my ($node) = @_;
-
-	$node->{proxy}->clear;
-	$node->{proxy}->new_connections('pass');
-	$node->start unless defined $node->{_pid};
-	insist(
-		sub {
-			$node->safe_psql('postgres', 'SELECT true');
-			$node->open_to_peers if $node->{closed};
-			$node->{closed} = 0;
-		});
-	return;
-}
-
 sub start_clients
 {
 	my ($seed, $clients, $two_phase, $applied, $masters, @nodes) = @_;
@@ -178,16 +96,8 @@ sub start_clients
 sub judge
 {
 	my ($alpha, $beta, $writers, $readers) = @_;
-	my (%acked, %errors);
+	my %acked = Masters::acked(@$writers);
 
-	foreach my $writer (@$writers)
-	{
-		$acked{$_} = 1 foreach @{ $writer->{acked} };
-		$errors{ substr $_, 0, 5 } += $writer->{errors}->{$_}
-		  foreach keys %{ $writer->{errors} };
-	}
-	note scalar(keys %acked) . ' transfers; errors: '
-	  . join(', ', map { "$_ $errors{$_}" } sort keys %errors);
 	foreach my $reader (@$readers)
 	{
 		my @bad = grep { /violated/ } keys %{ $reader->{errors} };
@@ -220,7 +130,7 @@ sub judge
 			'0',
 			"$name: every account holds what its transfers made of it");
 	}
-	$alpha->same_rows($beta, $_) foreach ('account', 'transfer');
+	Masters::judge($alpha, $beta, 'account', 'transfer');
 	return scalar keys %acked;
 }
 
@@ -233,71 +143,23 @@ sub run
 	my (%params) = @_;
 	my $seed = seed(2013);
 	my $masters = $params{masters} || 2;
-	my ($alpha, $beta) = MmreplCluster->new_pair(
-		conf => join("\n",
-			'max_connections = 120',
-			'restart_after_crash = on',
-			'deadlock_timeout = 100ms',
-			q{mmrepl.retry_min_delay = '20ms'},
-			q{mmrepl.retry_max_delay = '200ms'},
-			'max_prepared_transactions = 60',
-			$masters == 1 ? q{wal_writer_delay = '10s'} : (),
-			q{mmrepl.recovery_interval = '1s'},
-			q{mmrepl.sync_timeout = '5s'}));
+	my ($alpha, $beta) = Masters::start($masters == 1 ? q{wal_writer_delay = '10s'} : ());
 
 	$alpha->create_table_on_both($beta, $schema);
 	$alpha->create_table_on_both($beta,
 		"INSERT INTO account SELECT g, 1000 FROM generate_series(1, $accounts) g"
 	);
-	$_->{proxy} = FaultProxy->new(port => $_->port) foreach ($alpha, $beta);
-	foreach ([ $alpha, $beta ], [ $beta, $alpha ])
-	{
-		my ($node, $peer) = @$_;
-
-		$node->safe_psql('postgres',
-			sprintf(q{ALTER SERVER %s OPTIONS (SET port '%d')},
-				$peer->name, $peer->{proxy}->port));
-	}
 	$alpha->create_pair_on_both($beta, $_, q{mode => 'sync'})
 	  foreach ('account', 'transfer');
 
 	my ($writers, $readers) =
 	  start_clients($seed, $params{clients}, $params{two_phase}, $params{applied} || 0, $masters, $alpha, $beta);
-	my $until = Time::HiRes::time() + $params{seconds};
-	my %blows;
-	while (Time::HiRes::time() < $until)
-	{
-		my $one = $masters > 1 && rand() < 0.5 ? $alpha : $beta;
-
-		Time::HiRes::sleep(0.3 + rand(0.7));
-		# A server that is just starting anew does not let it happen.
-		eval { $blows{ strike($one, $params{faults}) }++; 1 } or note "blow: $@";
-		Time::HiRes::sleep(rand(0.3));
-		heal($_) foreach ($alpha, $beta);
-	}
+	Masters::storm($params{seconds}, $params{faults}, 1, $masters > 1 ? ($alpha, $beta) : $beta);
 	$_ = $_->finish foreach (@$writers, @$readers);
-	note 'blows: ' . join(', ', map { "$_ $blows{$_}" } sort keys %blows);
-	heal($_) foreach ($alpha, $beta);
-	$_->[0]->safe_psql('postgres', "SELECT mmrepl.retry_now('$_->[1]')")
-	  foreach ([ $alpha, 'beta' ], [ $beta, 'alpha' ]);
-	foreach ([ $alpha, 'beta' ], [ $beta, 'alpha' ])
-	{
-		my ($node, $server) = @$_;
-
-		$node->wait_caught_up($server);
-		$node->poll_ok(
-			q{SELECT NOT EXISTS (SELECT FROM mmrepl.in_doubt)
-			  AND NOT EXISTS (SELECT FROM pg_prepared_xacts)},
-			'nothing is in doubt or prepared on ' . $node->name);
-	}
+	Masters::settle($alpha, $beta);
 	cmp_ok(judge($alpha, $beta, $writers, $readers),
 		'>', 20 * $params{seconds}, 'there was a load');
-	foreach my $node ($alpha, $beta)
-	{
-		ok(!$node->log_contains(qr/PANIC|TRAP:/),
-			'no crash of its own in the log of ' . $node->name);
-		$node->stop('fast');
-	}
+	Masters::end($alpha, $beta);
 	return;
 }
 
