@@ -44,7 +44,8 @@ sub in_doubt
 	$proxy->rule(action => 'reset', from => 'client', pattern => 'COMMIT', when => 'before', times => 1);
 	$session->ok('COMMIT');
 	$session->quit;
-	$beta->poll_ok(q{SELECT count(*) = 0 FROM pg_locks WHERE relation = 'acc'::regclass},
+	$beta->poll_ok(
+		q{SELECT count(*) = 0 FROM pg_locks JOIN pg_class ON oid = relation WHERE relnamespace = 'public'::regnamespace},
 		'its locks at the peer are gone');
 	return;
 }
@@ -76,10 +77,10 @@ sub late
 }
 
 my $long = 'b' x 1000;
+my $round = sub { return map { "UPDATE acc SET id = $_[$_] WHERE id = $_[$_ - 1]" } (1 .. $#_) };
 
 sub all_of_them
 {
-	my $round = sub { return map { "UPDATE acc SET id = $_[$_] WHERE id = $_[$_ - 1]" } (1 .. $#_) };
 	my $off = 'SET mmrepl.capture = off';
 
 	late('an update without a change',
@@ -176,6 +177,39 @@ sub truncate_waits
 	return;
 }
 
+# A change of the key has two rows. One of them is as it was in the end, the other is not.
+sub half_of_a_change
+{
+	late('inserted, and goes elsewhere',
+		[ q{INSERT INTO acc VALUES (7, 7, 'x')}, $round->(7, 28) ],
+		[q{INSERT INTO acc VALUES (7, 9, 'y')}], '1,0,a 2,0,b 3,0 7,9,y 28,7,x');
+	late('goes elsewhere, and is inserted again',
+		[ $round->(1, 21), q{INSERT INTO acc VALUES (1, 0, 'a')} ],
+		['UPDATE acc SET v = 5 WHERE id = 1'], '1,5,a 2,0,b 3,0 21,0,a');
+	late('goes elsewhere, and is inserted again, where there is none any more',
+		[ $round->(2, 21), qq{INSERT INTO acc VALUES (2, 0, '$long')} ],
+		['DELETE FROM acc WHERE id = 2'], '1,0,a 3,0 21,0,b');
+
+	# Where it comes along there is a row now, which would be a unique violation.
+	late('on its way through',
+		[ $round->(1, 21, 22) ],
+		[q{INSERT INTO acc VALUES (21, 9, 'y')}], '2,0,b 3,0 21,9,y 22,0,a');
+	late('on its way round',
+		[ $round->(1, 21, 1) ],
+		[q{INSERT INTO acc VALUES (21, 9, 'y')}], '1,0,a 2,0,b 3,0 21,9,y');
+	late('goes elsewhere, changed, and is deleted',
+		[ 'UPDATE acc SET id = 21, v = 4 WHERE id = 2', 'DELETE FROM acc WHERE id = 21' ],
+		[q{INSERT INTO acc VALUES (21, 9, 'y')}], '1,0,a 3,0 21,9,y');
+	late('two change places',
+		[ $round->(1, 0), $round->(2, 1), $round->(0, 2) ],
+		[q{INSERT INTO acc VALUES (0, 9, 'y')}],
+		'0,9,y 1,0,b 2,0,a 3,0');
+	late('another table is truncated',
+		[ 'UPDATE acc SET v = 1', 'TRUNCATE other', 'UPDATE acc SET v = 0' ],
+		['UPDATE acc SET v = 5 WHERE id = 1'], '1,5,a 2,0,b 3,0');
+	return;
+}
+
 my %ddl = (
 	plain => 'CREATE TABLE acc (id int PRIMARY KEY, v int, t text)',
 	partitioned => q{
@@ -187,8 +221,9 @@ foreach my $kind ([ 'plain', 0 ], [ 'plain', 1 ], [ 'with a trigger', 1 ], [ 'pa
 {
 	$in_doubt = $kind->[1];
 	note "a $kind->[0] table; " . ($in_doubt ? 'in doubt' : 'queued');
-	$alpha->create_table_on_both($beta, 'DROP TABLE IF EXISTS acc CASCADE');
+	$alpha->create_table_on_both($beta, 'DROP TABLE IF EXISTS acc, other CASCADE');
 	$alpha->create_table_on_both($beta, $ddl{ $kind->[0] } || $ddl{plain});
+	$alpha->create_table_on_both($beta, 'CREATE TABLE other (id int PRIMARY KEY)');
 	there(q{
 		CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
 		CREATE TRIGGER nothing BEFORE INSERT OR UPDATE ON acc FOR EACH ROW EXECUTE FUNCTION nothing();
@@ -197,8 +232,52 @@ foreach my $kind ([ 'plain', 0 ], [ 'plain', 1 ], [ 'with a trigger', 1 ], [ 'pa
 	here(sprintf q{ALTER SERVER beta OPTIONS (SET port '%d')}, $in_doubt ? $proxy->port : $beta->port);
 	$alpha->create_pair('acc', 'beta', q{mode => 'sync', on_unreachable => 'queue'});
 	$beta->create_pair('acc', 'alpha', q{mode => 'sync'});
+	$alpha->create_pair('other', 'beta', q{mode => 'sync', on_unreachable => 'queue'});
 	all_of_them();
 	truncate_waits() if $in_doubt;
+	half_of_a_change() if $in_doubt;
 }
+
+# Who finds his row by a key that is equal finds one that is not as it was.
+section 'a key that is another one and equal' => sub {
+	$alpha->create_table_on_both($beta, 'CREATE TABLE num (id numeric PRIMARY KEY, v int)');
+	$alpha->create_pair('num', 'beta', q{mode => 'sync', on_unreachable => 'queue'});
+	$beta->create_pair('num', 'alpha', q{mode => 'sync'});
+	here('INSERT INTO num VALUES (1.0, 0), (2.0, 0)');
+	in_doubt('UPDATE num SET id = 1.00 WHERE id = 1', 'UPDATE num SET id = 2.00 WHERE id = 2');
+	foreach my $sql ('UPDATE num SET v = 5 WHERE id = 1', 'DELETE FROM num WHERE id = 2')
+	{
+		like(
+			$beta->fails('postgres', $sql),
+			qr/ERROR:  40001: .*was changed: \(id, v\) = \((\d)\.0, 0\)\. The row at the peer: .*\(\g1\.00, 0\)/s,
+			"$sql is refused");
+	}
+	here(q{SELECT mmrepl.resume('beta')});
+	$alpha->wait_caught_up('beta');
+	there($_) foreach ('UPDATE num SET v = 5 WHERE id = 1', 'DELETE FROM num WHERE id = 2');
+	is($_->safe_psql('postgres', 'SELECT * FROM num'), '1.00|5', 'later it is not')
+	  foreach ($alpha, $beta);
+};
+
+# What one of them brings back says nothing about the other's columns.
+section 'two tables that share one at the peer' => sub {
+	here(q{CREATE TABLE left_half (id int PRIMARY KEY, v int); INSERT INTO left_half VALUES (1, 0);
+		CREATE TABLE right_half (id int PRIMARY KEY, t text); INSERT INTO right_half VALUES (1, 'a')});
+	there(q{CREATE TABLE whole (id int PRIMARY KEY, v int, t text); INSERT INTO whole VALUES (1, 0, 'a')});
+	$alpha->create_pair($_, 'beta',
+		q{mode => 'sync', on_unreachable => 'queue', remote_table => 'whole'})
+	  foreach ('left_half', 'right_half');
+	$beta->create_pair('whole', 'alpha',
+		q{mode => 'sync', columns => '{id,v}', remote_table => 'left_half'});
+	in_doubt(
+		'UPDATE left_half SET v = 1',
+		q{UPDATE right_half SET t = 'c'},
+		'UPDATE left_half SET v = 0');
+	there('UPDATE whole SET v = 5');
+	here(q{SELECT mmrepl.resume('beta')});
+	$alpha->wait_caught_up('beta');
+	is(there('SELECT * FROM whole'), '1|5|c', 'both changes are there');
+	is(here('SELECT v FROM left_half'), '5', '... and here');
+};
 
 done_testing();

@@ -65,6 +65,13 @@ SameText(Session *session, Form_pg_attribute attribute, Datum one, Datum other)
 		   0;
 }
 
+static bool
+IsSameDatum(Session *session, Form_pg_attribute attribute, Datum one, Datum other)
+{
+	return datum_image_eq(one, other, attribute->attbyval, attribute->attlen) ||
+		   (!attribute->attbyval && SameText(session, attribute, one, other));
+}
+
 /* Whether the column of the found row holds what it held at the sender. */
 static bool
 IsSame(Session *session, Target *target, const change::Change *change, int i, TupleTableSlot *found)
@@ -85,12 +92,25 @@ IsSame(Session *session, Target *target, const change::Change *change, int i, Tu
 						 ? target->row->tts_values[at]
 						 : ReadField(session, field, &change->relation->columns[i], &old->value);
 
-	return datum_image_eq(found->tts_values[at], expected, attribute->attbyval,
-						  attribute->attlen) ||
-		   (!attribute->attbyval && SameText(session, attribute, found->tts_values[at], expected));
+	return IsSameDatum(session, attribute, found->tts_values[at], expected);
 }
 
-/* Columns that are generated here, and the key by which the row was found, are not compared. */
+/* Keys may be equal and not the same (1.0 and 1.00, letters where case does not count). */
+static bool
+HasSameKey(Session *session, Target *target, TupleTableSlot *found)
+{
+	for (int i = 0; i < target->n_keys; i++)
+	{
+		int at = target->key_attnums[i] - 1;
+		Form_pg_attribute attribute = TupleDescAttr(RelationGetDescr(target->rel), at);
+
+		if (!IsSameDatum(session, attribute, found->tts_values[at], target->search->tts_values[at]))
+			return false;
+	}
+	return true;
+}
+
+/* Columns that are generated here are not compared. */
 bool
 IsExpectedRow(Session *session, Target *target, Leaf *leaf, const change::Change *change)
 {
@@ -104,7 +124,7 @@ IsExpectedRow(Session *session, Target *target, Leaf *leaf, const change::Change
 		if (!change->relation->columns[i].key && target->fields[i].form != Form::Ignore &&
 			!IsSame(session, target, change, i, found))
 			return false;
-	return true;
+	return HasSameKey(session, target, found);
 }
 
 /* ---- showing ---- */

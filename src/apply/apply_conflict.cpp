@@ -93,7 +93,7 @@ Action
 Resolve(Session *session, Target *target, Leaf *leaf, Type type, TupleTableSlot *row)
 {
 	MmreplEnsure(!session->ahead, "conflict found ahead of the batch before");
-	if (target->carries_old && !session->header.Inline() && IsUndone(session))
+	if (target->carries_old && !session->header.Inline() && IsUndone(session, type))
 		return Action::Skip;
 	bool row_known = type != Type::DeleteMissing && !target->partial;
 	bool at_writer = IsAtWriter(session, target);

@@ -354,13 +354,18 @@ conflict::Action Resolve(Session *session, Target *target, Leaf *leaf, conflict:
 
 /*
  * To be asked about a change of a checked relation, of the queue, that is in conflict:
- * whether it is one of a series that leaves its row as it was.  Then neither it nor
- * the rest of the series is to be done; for the rest IsPassedOver() says so.  Reads the
- * whole batch when it is asked for the first time.
+ * whether it is one of a series that leaves its row (InsertExists: the one with the new
+ * key, else the one with the old key) as it was.  Then neither it nor the rest of the
+ * series is to be done at that row; WhatIsLeft() says so.  Reads the whole batch when it is
+ * asked for the first time.
  */
-bool IsUndone(Session *session);
-/* Whether the change at session->at is the rest of such a series. */
-bool IsPassedOver(Session *session);
+bool IsUndone(Session *session, conflict::Type type);
+/*
+ * What is to be done of the change at session->at: the change itself, NULL if it is part
+ * of such a series, or, where the key changes and only one of its rows is in one, an
+ * INSERT or a DELETE of the other, which lives as long as the change.
+ */
+const change::Change *WhatIsLeft(Session *session, const change::Change *change);
 
 /* ---- apply_keep.cpp ---- */
 
@@ -434,7 +439,7 @@ char *DescribeKey(Leaf *leaf, TupleTableSlot *row);
 /*
  * Whether the row in leaf->found is the one that an update or delete changed at the
  * sender, as far as its columns travel; always true when the old row did not come.
- * An update's new row must have been read into target->row.
+ * An update's new row must have been read into target->row, its old key into target->search.
  */
 bool IsExpectedRow(Session *session, Target *target, Leaf *leaf, const change::Change *change);
 /* Both rows, for a message; leaf NULL: there is none here.  NULL: not to be shown. */

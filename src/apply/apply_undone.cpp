@@ -10,6 +10,10 @@
  * than its sender had, and those behind it bring back the row that was there before,
  * neither it nor they are done.
  *
+ * It is rows that are brought back, and a change of the key has two of them: the one that
+ * goes, and the one that comes.  Where one is brought back and the other is not, the change
+ * is half done: as the INSERT, or the DELETE, that it is for the other row.
+ *
  * Such a series may be of several transactions.  Looked at is one batch: what undoes a
  * change only in the next one, another part of a large transaction, is not seen.
  */
@@ -25,24 +29,23 @@ struct Image
 	char digest[change::kDigestBytes];
 };
 
-struct Row;
+/* A row that changes name, or (without a key) a remote table. */
+struct Row
+{
+	char name[change::kDigestBytes];
+	uint32 era;	   /* of a table: grows with each TRUNCATE */
+	int undone_to; /* the last step that is not done, 0: none */
+};
 
 /* What a change does to the row with a key; one that changes the key is two of them. */
 struct Step
 {
 	const char *at; /* see Session */
 	Row *row;
-	int next;	/* step of this row, 0: none */
-	uint32 era; /* grows with each TRUNCATE */
+	uint32 era; /* of the table */
+	int end; /* the first step, from this one on, that brings back what this one found; 0: none */
 	Image before;
 	Image after;
-};
-
-struct Row
-{
-	char name[change::kDigestBytes]; /* of table and key */
-	int last;
-	const char *undone_to; /* the last step of a series that is not done */
 };
 
 /* What the batch does to every row of it. */
@@ -52,7 +55,8 @@ struct History
 	Step *steps; /* in their order, from 1 */
 	int count;
 	int capacity;
-	uint32 era;
+	const change::Relation *relation; /* of the change before, in its segment */
+	Row *table;						  /* ... and its table */
 	StringInfoData scratch;
 };
 
@@ -100,7 +104,8 @@ ImageOf(History *history, const change::Change *change, bool before)
 	for (int i = 0; i < rel->n_columns; i++)
 		if (!rel->columns[i].key)
 		{
-			appendStringInfo(out, "%s:", quote_identifier(rel->columns[i].name));
+			appendBinaryStringInfo(out, rel->columns[i].name,
+								   (int) strlen(rel->columns[i].name) + 1);
 			AppendColumn(out, before && !change->old[i].same
 								  ? change->old[i]
 								  : change::OldValue{.value = change->row[i]});
@@ -109,31 +114,62 @@ ImageOf(History *history, const change::Change *change, bool before)
 	return image;
 }
 
-/* The row with the old key, or the new one. */
+/* The row of that name, which is in the scratch. */
+static Row *
+NamedRow(History *history)
+{
+	char name[change::kDigestBytes];
+	bool found;
+
+	change::Digest(history->scratch.data, (uint64) history->scratch.len, name);
+	Row *row = (Row *) hash_search(history->rows, name, HASH_ENTER, &found);
+
+	if (!found)
+	{
+		row->era = 0;
+		row->undone_to = 0;
+	}
+	return row;
+}
+
+static void
+NameTable(StringInfo out, const char *schema, const char *table)
+{
+	appendBinaryStringInfo(out, schema, (int) strlen(schema) + 1);
+	appendBinaryStringInfo(out, table, (int) strlen(table) + 1);
+}
+
+/*
+ * The row with the old key, or the new one.  Tables of the sender that share a table here
+ * have rows of their own: each may bring other columns.
+ */
 static Row *
 RowOf(History *history, const change::Change *change, bool old_key)
 {
 	const change::Relation *rel = change->relation;
 	StringInfo out = &history->scratch;
-	char name[change::kDigestBytes];
 	int at = 0;
-	bool found;
 
 	resetStringInfo(out);
-	appendBinaryStringInfo(out, rel->remote_schema, (int) strlen(rel->remote_schema) + 1);
-	appendBinaryStringInfo(out, rel->remote_table, (int) strlen(rel->remote_table) + 1);
+	NameTable(out, rel->remote_schema, rel->remote_table);
+	NameTable(out, rel->local_schema, rel->local_table);
 	for (int i = 0; i < rel->n_columns; i++)
 		if (rel->columns[i].key)
 			AppendValue(out, old_key ? change->key[at++] : change->row[i]);
-	change::Digest(out->data, (uint64) out->len, name);
-	Row *row = (Row *) hash_search(history->rows, name, HASH_ENTER, &found);
+	return NamedRow(history);
+}
 
-	if (!found)
+static Row *
+TableOf(History *history, const change::Relation *rel)
+{
+	if (rel != history->relation)
 	{
-		row->last = 0;
-		row->undone_to = NULL;
+		resetStringInfo(&history->scratch);
+		NameTable(&history->scratch, rel->remote_schema, rel->remote_table);
+		history->table = NamedRow(history);
+		history->relation = rel;
 	}
-	return row;
+	return history->table;
 }
 
 static void
@@ -145,20 +181,17 @@ AddStep(History *history, const char *at, Row *row, const Image &before, const I
 		history->steps =
 			(Step *) repalloc_huge(history->steps, sizeof(Step) * (Size) history->capacity);
 	}
-	int number = ++history->count;
-
-	if (row->last != 0)
-		history->steps[row->last].next = number;
-	row->last = number;
-	history->steps[number] = {at, row, 0, history->era, before, after};
+	history->steps[++history->count] = {at, row, history->table->era, 0, before, after};
 }
 
 static void
 AddChange(History *history, const char *at, const change::Change *change)
 {
+	Row *table = TableOf(history, change->relation);
+
 	if (change->kind == change::kTruncate)
 	{
-		history->era++;
+		table->era++;
 		return;
 	}
 	Image before = ImageOf(history, change, true);
@@ -179,6 +212,7 @@ AddSegment(History *history, const char *data, uint32 length)
 {
 	change::Decoder *decoder = (change::Decoder *) palloc(sizeof(change::Decoder));
 
+	history->relation = NULL;
 	change::StartDecoding(decoder, data, length);
 	while (const change::Change *change = change::Next(decoder))
 	{
@@ -213,6 +247,57 @@ AddBatch(Session *session, History *history)
 	MemoryContextDelete(segment);
 }
 
+/* What a step leaves of a row; without padding, for it is hashed. */
+struct State
+{
+	Row *row;
+	uint32 era;
+	uint32 there;
+	char digest[change::kDigestBytes];
+};
+static_assert(sizeof(State) == sizeof(Row *) + 2 * sizeof(uint32) + change::kDigestBytes);
+
+struct Reached
+{
+	State state;
+	int step;
+};
+
+static State
+StateOf(const Step &step, const Image &image)
+{
+	State state = {step.row, step.era, image.there, {}};
+
+	memcpy(state.digest, image.digest, sizeof(state.digest));
+	return state;
+}
+
+/* From the last step to the first, so that the nearest one is known. */
+static void
+FindEnds(History *history)
+{
+	HASHCTL control = {};
+
+	control.keysize = sizeof(State);
+	control.entrysize = sizeof(Reached);
+	control.hcxt = CurrentMemoryContext;
+	HTAB *states = hash_create("mmrepl states of rows", history->count, &control,
+							   HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+
+	for (int i = history->count; i > 0; i--)
+	{
+		Step &step = history->steps[i];
+		State after = StateOf(step, step.after);
+		State before = StateOf(step, step.before);
+
+		((Reached *) hash_search(states, &after, HASH_ENTER, NULL))->step = i;
+		const Reached *end = (const Reached *) hash_search(states, &before, HASH_FIND, NULL);
+
+		step.end = end == NULL ? 0 : end->step;
+	}
+	hash_destroy(states);
+}
+
 static History *
 ReadHistory(Session *session)
 {
@@ -228,31 +313,11 @@ ReadHistory(Session *session)
 	history->steps = (Step *) palloc(sizeof(Step) * (Size) history->capacity);
 	initStringInfo(&history->scratch);
 	AddBatch(session, history);
+	FindEnds(history);
 	return history;
 }
 
 /* ---- deciding ---- */
-
-static bool
-Same(const Image &one, const Image &other)
-{
-	return one.there == other.there &&
-		   (!one.there || memcmp(one.digest, other.digest, sizeof(one.digest)) == 0);
-}
-
-/* The step that ends the series which begins with this one; NULL if it is not undone. */
-static const Step *
-EndOfSeries(const History *history, const Step *first)
-{
-	for (const Step *step = first; step->era == first->era; step = &history->steps[step->next])
-	{
-		if (Same(first->before, step->after))
-			return step;
-		if (step->next == 0)
-			break;
-	}
-	return NULL;
-}
 
 /* The first step of the change at that place. */
 static int
@@ -274,49 +339,106 @@ FirstAt(const History *history, const char *at)
 	return low;
 }
 
+/* The last one: another one where the key changes. */
+static int
+LastAt(const History *history, int first)
+{
+	bool two = first < history->count && history->steps[first + 1].at == history->steps[first].at;
+
+	return two ? first + 1 : first;
+}
+
 /* The change is not done: nor is what undoes it, at each of its rows. */
 static void
-PassOver(History *history, int number, const char *at)
+PassOver(History *history, int first, int last)
 {
-	for (; number <= history->count && history->steps[number].at == at; number++)
+	for (int i = first; i <= last; i++)
 	{
-		const Step *end = EndOfSeries(history, &history->steps[number]);
+		Row *row = history->steps[i].row;
 
-		if (end != NULL && history->steps[number].row->undone_to < end->at)
-			history->steps[number].row->undone_to = end->at;
+		row->undone_to = Max(row->undone_to, history->steps[i].end);
 	}
 }
 
-bool
-IsUndone(Session *session)
+static bool
+IsOver(const History *history, int number)
 {
-	if (session->history == NULL)
-		session->history = InContext(session->context, [&] { return ReadHistory(session); });
-	int number = FirstAt(session->history, session->at);
-
-	/* A change of the key is judged by the row that it was to find. */
-	if (EndOfSeries(session->history, &session->history->steps[number]) == NULL)
-		return false;
-	PassOver(session->history, number, session->at);
-	return true;
+	return number <= history->steps[number].row->undone_to;
 }
 
 bool
-IsPassedOver(Session *session)
+IsUndone(Session *session, conflict::Type type)
+{
+	if (session->history == NULL)
+		session->history = InContext(session->context, [&] { return ReadHistory(session); });
+	History *history = session->history;
+	int first = FirstAt(history, session->at);
+	int last = LastAt(history, first);
+
+	if (history->steps[type == conflict::Type::InsertExists ? last : first].end == 0)
+		return false;
+	PassOver(history, first, last);
+	return true;
+}
+
+/* What the change does to the row with the new key. */
+static void
+MakeInsert(change::Change *half)
+{
+	half->kind = change::kInsert;
+	half->key = NULL;
+	half->old = NULL;
+}
+
+/* What the change does to the row with the old key; its old values are all given. */
+static void
+MakeDelete(change::Change *half)
+{
+	int n = half->relation->n_columns;
+	change::OldValue *old = NULL;
+
+	if (half->old != NULL)
+	{
+		old = (change::OldValue *) palloc(sizeof(change::OldValue) * (Size) n);
+		for (int i = 0; i < n; i++)
+			old[i] = half->old[i].same ? change::OldValue{.value = half->row[i]} : half->old[i];
+	}
+	half->kind = change::kDelete;
+	half->row = NULL;
+	half->old = old;
+}
+
+const change::Change *
+WhatIsLeft(Session *session, const change::Change *change)
 {
 	History *history = session->history;
 
 	if (history == NULL)
-		return false;
-	int number = FirstAt(history, session->at);
+		return change;
+	int first = FirstAt(history, session->at);
+	int last = LastAt(history, first);
+	bool goes = !IsOver(history, first);
+	bool comes = !IsOver(history, last);
 
-	for (int i = number; i <= history->count && history->steps[i].at == session->at; i++)
-		if (session->at <= history->steps[i].row->undone_to)
-		{
-			PassOver(history, number, session->at);
-			return true;
-		}
-	return false;
+	if (goes && comes)
+		return change;
+	PassOver(history, first, last);
+	goes = goes && !IsOver(history, first);
+	comes = comes && !IsOver(history, last);
+	/* Of a partial relation there is not enough for a new row. */
+	if (!goes && (!comes || change->relation->partial))
+		return NULL;
+	return InContext(session->segment_context, [&] {
+		change::Change *half = (change::Change *) palloc(sizeof(change::Change));
+
+		*half = *change;
+		half->has_old_key = false;
+		if (goes)
+			MakeDelete(half);
+		else
+			MakeInsert(half);
+		return half;
+	});
 }
 
 } // namespace mmrepl::apply

@@ -336,6 +336,23 @@ PlaceMissing(Session *session, Target *target, Leaf *leaf, TupleTableSlot *searc
 	PlaceRow(session, target, to, ToLeaf(to, target->row));
 }
 
+/*
+ * Whether the new key, in target->row, is taken, and what comes there goes again: that
+ * would be a unique violation, of a row that need not be here.
+ */
+static bool
+MeetsUndone(Session *session, Target *target)
+{
+	if (session->header.Inline() || !target->carries_old)
+		return false;
+	KeyOfRow(target);
+	Leaf *leaf = Route(session, target, target->search);
+	bool found = PeekRow(leaf, ToLeaf(leaf, target->search));
+
+	ExecClearTuple(leaf->found);
+	return found && IsUndone(session, Type::InsertExists);
+}
+
 /* Found by the old key where the key changes, else by the key in the new row. */
 static void
 Update(Session *session, Target *target, const change::Change *change)
@@ -348,6 +365,8 @@ Update(Session *session, Target *target, const change::Change *change)
 		CollectUpdate(session, target);
 		return;
 	}
+	if (change->has_old_key && MeetsUndone(session, target))
+		return;
 	if (change->has_old_key)
 		ReadKey(session, target, change);
 	else
@@ -426,23 +445,43 @@ IsObserved(const Target *target)
 	return target->volatile_defaults || target->reads || target->fires;
 }
 
-/* One change, as the owner, in memory that lasts as long as the change. */
-static void
-Dispatch(Session *session, Target *target, const change::Change *change)
+/* A change of the key may turn out to be undone at one of its rows: the other half goes on. */
+static bool
+GoesOn(Session *session)
 {
-	switch (change->kind)
+	if (!session->change->has_old_key)
+		return false;
+	const change::Change *left = WhatIsLeft(session, session->change);
+
+	if (left == NULL || left == session->change)
+		return false;
+	session->change = left;
+	return true;
+}
+
+/* session->change, as the owner, in memory that lasts as long as the change. */
+static void
+Dispatch(Session *session, Target *target)
+{
+	do
 	{
-		case change::kInsert:
-			ReadRow(session, target, change);
-			InsertRow(session, target);
-			break;
-		case change::kUpdate:
-			Update(session, target, change);
-			break;
-		default:
-			Delete(session, target, change);
-			break;
-	}
+		const change::Change *change = session->change;
+
+		CheckOnce(session, target, NeededPrivilege(change->kind));
+		switch (change->kind)
+		{
+			case change::kInsert:
+				ReadRow(session, target, change);
+				InsertRow(session, target);
+				break;
+			case change::kUpdate:
+				Update(session, target, change);
+				break;
+			default:
+				Delete(session, target, change);
+				break;
+		}
+	} while (GoesOn(session));
 }
 
 /*
@@ -451,10 +490,10 @@ Dispatch(Session *session, Target *target, const change::Change *change)
  * which a restricted role could not do.
  */
 static void
-DispatchWithTriggers(Session *session, Target *target, const change::Change *change)
+DispatchWithTriggers(Session *session, Target *target)
 {
 	AfterTriggerBeginQuery();
-	Dispatch(session, target, change);
+	Dispatch(session, target);
 	if (!target->fires)
 		BecomeCaller(session);
 	AfterTriggerEndQuery(target->estate);
@@ -476,15 +515,18 @@ ApplyRowChange(Session *session, const change::Change *change)
 	if (session->collected != NULL)
 		FlushBefore(session, target, change,
 					target->proute != NULL || target->leaves->queues || IsObserved(target));
-	if (IsPassedOver(session))
+	const change::Change *left = WhatIsLeft(session, change);
+
+	if (left == NULL)
 		return;
+	session->change = left;
 	ResetPerTupleExprContext(target->estate);
 	BecomeOwner(session, target->owner, target->trusted);
 	InContext(GetPerTupleMemoryContext(target->estate), [&] {
 		if (FiresAtOnce(session, target))
-			DispatchWithTriggers(session, target, change);
+			DispatchWithTriggers(session, target);
 		else
-			Dispatch(session, target, change);
+			Dispatch(session, target);
 	});
 	BecomeCaller(session);
 	if (IsObserved(target))
