@@ -149,6 +149,8 @@ my @goals = (
 			[ 'w5', 'mmrepl-sync',         "ms_$rows", 'native-sync-flush', -1 ],
 			[ 'w5', 'mmrepl-sync-applied', "ms_$rows", 'native-sync',       -1 ],
 			[ 'w5', 'mmrepl-sync',         "ms_$rows", 'native-sync',       -1 ],
+			[ 'w5', 'mmrepl-async-applied', "ms_$rows", 'native-sync',       -1 ],
+			[ 'w5', 'mmrepl-async-flushed', "ms_$rows", 'native-sync-flush', -1 ],
 		} (1, 10, 100, 10000)),
 	[ 'distance', 'mmrepl-sync', 'trips_bulk', 'median', -10 ],
 	[ 'w6', 'mmrepl', 'tps',       'native', 1 ],

@@ -13,9 +13,9 @@ workload_systems()
 	for name in "$@"; do
 		case $name in
 			none | none-again) echo "$name" ;;
-			mmrepl) printf '%s\n' mmrepl-sync mmrepl-sync-commit mmrepl-sync-applied mmrepl-sync-applied-commit ;;
+			mmrepl) printf '%s\n' mmrepl-sync mmrepl-sync-commit mmrepl-sync-applied mmrepl-sync-applied-commit mmrepl-async-applied mmrepl-async-flushed ;;
 			native) printf '%s\n' native-sync native-sync-flush ;;
-			*-sync | *-sync-*) echo "$name" ;;
+			*-sync | *-sync-* | *-async-*) echo "$name" ;;
 		esac
 	done
 }

@@ -46,6 +46,14 @@ enum class SyncCommit : int
 	Applied /* committed there; the peer flushes it soon, or the worker brings it again */
 };
 
+/* mmrepl.async_commit: what COMMIT waits for at the peers of async pairs. */
+enum class AsyncCommit : int
+{
+	Queued, /* nothing: they are in the local queue */
+	Applied,
+	Flushed
+};
+
 extern int max_servers;			 /* streams that shared memory has room for */
 extern int max_peer_connections; /* of sessions, to a peer; 0: any number */
 extern int ring_size;			 /* kB of shared memory for each stream's ring */
@@ -68,6 +76,7 @@ extern QueueAction max_queue_action;
 extern TwoPhase two_phase;
 extern Flush sync_flush;
 extern SyncCommit sync_commit;
+extern AsyncCommit async_commit;
 extern Mode mode;
 extern bool capture; /* off: triggers capture nothing (superuser) */
 extern bool log_conflicts;

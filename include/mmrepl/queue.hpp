@@ -326,6 +326,30 @@ bool Reached(const shmem::Stream &stream, const Goal &goal);
 /* Whether a session waits for something to be confirmed; a hint. */
 bool SomebodyWaits(const shmem::Stream &stream);
 
+/* Whether a session waits for something to be confirmed, or applied; a hint. */
+bool SomebodyWatches(const shmem::Stream &stream);
+
+/* A transaction of this session that is to be at the peer: applied there, or flushed as well. */
+struct Arrival
+{
+	shmem::Stream *stream;
+	uint64 epoch; /* of the slot's use */
+	uint64 ticket;
+	bool flushed;
+};
+
+/*
+ * The wait of a COMMIT, from transaction callbacks: nothing here raises or allocates.
+ * Want() comes before the ticket is settled: the worker that this wakes leaves no flush
+ * of the peer for later, or does without its breather.  AwaitArrival() ends at the
+ * deadline, at a cancel, and when the stream delivers nothing more; true when it has
+ * arrived.  IsSameStream(): the slot is still that stream's.
+ */
+void Want(const Arrival &arrival);
+bool IsSameStream(const Arrival &arrival);
+bool HasArrived(const Arrival &arrival);
+bool AwaitArrival(const Arrival &arrival, TimestampTz deadline);
+
 /*
  * Wait until the goal is reached; false at the deadline. Interruptible.  Wakes the
  * worker when it is the worker that is waited for.

@@ -110,6 +110,8 @@ struct Stream
 	pg_atomic_uint64 last_queued;  /* newest ticket that the worker has, or may have, to deliver */
 	pg_atomic_uint64 last_applied; /* newest ticket that was applied and maybe not flushed there */
 	pg_atomic_uint64 applied;	   /* the worker has had all up to this applied, and no more */
+	pg_atomic_uint64 flush_wanted; /* newest ticket that a COMMIT waits for until it is confirmed */
+	pg_atomic_uint64 apply_wanted; /* ... until it is applied */
 	pg_atomic_uint64 acked;		   /* watermark that the peer has reported */
 	pg_atomic_uint64 discarded;	   /* not to be delivered up to here; see kNeedsResync */
 	pg_atomic_uint32 late_confirmed; /* late work up to this LateWord::Ended() is there, too */
@@ -167,6 +169,7 @@ struct Stream
 	/* Made once; somebody may still wait for the slot's former use. */
 	slock_t mutex;
 	ConditionVariable confirmed_cv; /* broadcast when confirmed grows */
+	ConditionVariable applied_cv;	/* broadcast when applied or confirmed grows */
 	ConditionVariable settled_cv;	/* broadcast when a ticket is no longer in flight */
 };
 

@@ -30,6 +30,7 @@ QueueAction max_queue_action = QueueAction::Resync;
 TwoPhase two_phase = TwoPhase::Off;
 Flush sync_flush = Flush::Statement;
 SyncCommit sync_commit = SyncCommit::Flushed;
+AsyncCommit async_commit = AsyncCommit::Queued;
 Mode mode = Mode::Pair;
 bool capture = true;
 bool log_conflicts = true;
@@ -63,6 +64,13 @@ static const struct config_enum_entry flush_options[] = {
 static const struct config_enum_entry sync_commit_options[] = {
 	{"flushed", (int) SyncCommit::Flushed, false},
 	{"applied", (int) SyncCommit::Applied, false},
+	{NULL, 0, false},
+};
+
+static const struct config_enum_entry async_commit_options[] = {
+	{"queued", (int) AsyncCommit::Queued, false},
+	{"applied", (int) AsyncCommit::Applied, false},
+	{"flushed", (int) AsyncCommit::Flushed, false},
 	{NULL, 0, false},
 };
 
@@ -168,6 +176,13 @@ DefineSessionSettings()
 							 "is committed and visible there; should the peer crash before it is "
 							 "on disk, it is delivered again.",
 							 (int *) &sync_commit, (int) SyncCommit::Flushed, sync_commit_options,
+							 PGC_USERSET, 0, NULL, NULL, NULL);
+	DefineCustomEnumVariable("mmrepl.async_commit",
+							 "What COMMIT waits for at the peers of async pairs.",
+							 "'queued': nothing. 'applied': that the changes are committed and "
+							 "visible there. 'flushed': that they are on disk there. "
+							 "mmrepl.sync_timeout bounds the wait, which ends with a warning.",
+							 (int *) &async_commit, (int) AsyncCommit::Queued, async_commit_options,
 							 PGC_USERSET, 0, NULL, NULL, NULL);
 	DefineCustomEnumVariable("mmrepl.sync_flush", "When changes of sync pairs travel.", NULL,
 							 (int *) &sync_flush, (int) Flush::Statement, flush_options,

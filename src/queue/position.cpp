@@ -16,6 +16,7 @@ Confirm(shmem::Stream &stream, uint64 ticket)
 	if (pg_atomic_read_u64(&stream.confirmed) >= ticket)
 		return;
 	AtomicMax(&stream.confirmed, ticket);
+	ConditionVariableBroadcast(&stream.applied_cv);
 	ConditionVariableBroadcast(&stream.confirmed_cv);
 }
 
@@ -26,6 +27,7 @@ NoteApplied(shmem::Stream &stream, uint64 ticket)
 	AtomicMax(&stream.last_applied, ticket);
 	pg_write_barrier();
 	AtomicMax(&stream.applied, ticket);
+	ConditionVariableBroadcast(&stream.applied_cv);
 	ConditionVariableBroadcast(&stream.confirmed_cv);
 }
 
@@ -177,10 +179,29 @@ NeedsWorker(const shmem::Stream &stream, const Goal &goal)
 	return ConfirmedUpTo(stream) < goal.ticket && HasUnconfirmed(stream, goal.opened_at);
 }
 
+static bool
+HasWaiters(const ConditionVariable &variable)
+{
+	return !proclist_is_empty(const_cast<proclist_head *>(&variable.wakeup));
+}
+
+/* Whether a COMMIT waits for more than has been reached. */
+static bool
+IsWanted(const pg_atomic_uint64 &ticket, uint64 reached)
+{
+	return pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&ticket)) > reached;
+}
+
 bool
 SomebodyWaits(const shmem::Stream &stream)
 {
-	return !proclist_is_empty(const_cast<proclist_head *>(&stream.confirmed_cv.wakeup));
+	return HasWaiters(stream.confirmed_cv) || IsWanted(stream.flush_wanted, ConfirmedUpTo(stream));
+}
+
+bool
+SomebodyWatches(const shmem::Stream &stream)
+{
+	return SomebodyWaits(stream) || IsWanted(stream.apply_wanted, AppliedUpTo(stream));
 }
 
 /*
@@ -216,6 +237,80 @@ WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline)
 	}
 	ConditionVariableCancelSleep();
 	return reached;
+}
+
+/* ---- the wait of a COMMIT ---- */
+
+void
+Want(const Arrival &arrival)
+{
+	AtomicMax(arrival.flushed ? &arrival.stream->flush_wanted : &arrival.stream->apply_wanted,
+			  arrival.ticket);
+}
+
+bool
+IsSameStream(const Arrival &arrival)
+{
+	return arrival.stream->in_use && arrival.stream->epoch == arrival.epoch;
+}
+
+/* The slot's next use clears the epoch before it has a position. */
+bool
+HasArrived(const Arrival &arrival)
+{
+	const shmem::Stream &stream = *arrival.stream;
+	uint64 reached = arrival.flushed ? ConfirmedUpTo(stream) : AppliedUpTo(stream);
+
+	pg_read_barrier();
+	return reached >= arrival.ticket && IsSameStream(arrival);
+}
+
+/*
+ * Stand in the variable's list again, after a broadcast or for the first time.
+ * ConditionVariablePrepareToSleep() alone would, on 15, hand each broadcast on to
+ * another of those who stand there, and he to the next, for as long as all wait.
+ */
+static void
+StandAt(ConditionVariable *variable, bool first)
+{
+	if (first)
+		ConditionVariablePrepareToSleep(variable);
+	SpinLockAcquire(&variable->mutex);
+	if (!proclist_contains(&variable->wakeup, MyProcIndex(), cvWaitLink))
+		proclist_push_tail(&variable->wakeup, MyProcIndex(), cvWaitLink);
+	SpinLockRelease(&variable->mutex);
+}
+
+/*
+ * The server's own sleep on a condition variable does not end at a cancel while
+ * interrupts are held off.  This one looks.
+ */
+bool
+AwaitArrival(const Arrival &arrival, TimestampTz deadline)
+{
+	ConditionVariable *variable =
+		arrival.flushed ? &arrival.stream->confirmed_cv : &arrival.stream->applied_cv;
+	bool arrived;
+
+	StandAt(variable, true);
+	while (!(arrived = HasArrived(arrival)) && IsSameStream(arrival) &&
+		   pg_atomic_read_u64(&arrival.stream->discarded) != shmem::kNeedsResync &&
+		   !QueryCancelPending && !ProcDiePending)
+	{
+		long left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), deadline);
+
+		if (left <= 0)
+			break;
+		int events = WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_POSTMASTER_DEATH, left,
+							   PG_WAIT_EXTENSION);
+
+		if (events & WL_POSTMASTER_DEATH)
+			ProcDiePending = true; /* as everybody who waits where nothing may be raised */
+		ResetLatch(MyLatch);
+		StandAt(variable, false);
+	}
+	ConditionVariableCancelSleep();
+	return arrived;
 }
 
 /* ---- ordering lock ---- */

@@ -82,6 +82,7 @@ SetDiscarded(shmem::Stream &stream, uint64 discarded)
 		stream.state = shmem::WorkerState::Starting;
 	SpinLockRelease(&stream.mutex);
 	ConditionVariableBroadcast(&stream.confirmed_cv);
+	ConditionVariableBroadcast(&stream.applied_cv);
 	ConditionVariableBroadcast(&stream.settled_cv);
 }
 

@@ -70,6 +70,7 @@ InitStream(Stream *stream)
 	memset(stream, 0, sizeof(*stream));
 	SpinLockInit(&stream->mutex);
 	ConditionVariableInit(&stream->confirmed_cv);
+	ConditionVariableInit(&stream->applied_cv);
 	ConditionVariableInit(&stream->settled_cv);
 }
 
@@ -242,6 +243,7 @@ ActivateStream(int index, uint64 confirmed)
 {
 	Stream *stream = &state->streams[index];
 
+	pg_write_barrier(); /* who waits for the slot's former use sees that the epoch has gone */
 	pg_atomic_write_u64(&stream->confirmed, confirmed);
 	pg_atomic_write_u64(&stream->ring_head, 0);
 	pg_atomic_write_u64(&stream->ring_tail, 0);
@@ -277,6 +279,8 @@ DeactivateStream(Stream *stream)
 	stream->in_use = false;
 	state->registrations++;
 	SpinLockRelease(&state->clock_mutex);
+	ConditionVariableBroadcast(&stream->applied_cv);
+	ConditionVariableBroadcast(&stream->confirmed_cv);
 }
 
 int

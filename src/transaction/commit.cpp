@@ -112,6 +112,8 @@ PreparePart(Work *work, bool prepare)
 		work->out.flags |= queue::kInlined;
 	if (work->inlined != NULL && work->inlined->phase == sync::Phase::Prepared)
 		work->out.flags |= queue::kTwoPhase;
+	if (!prepare)
+		PrepareToAwait(work);
 	if (!GivesUp(work, prepare))
 		queue::PrepareHead(&work->out, work->first, current.context);
 	return true;
@@ -248,6 +250,8 @@ SettleAll(queue::Fate fate)
 	}
 	sync::EndAbandoned();
 	MMREPL_CRASH_POINT("commit-entries-settled");
+	if (fate == queue::Fate::Committed)
+		NotePeersToAwait();
 	if (current.ticket != 0)
 		queue::SettleTicket(current.parts, current.n_parts);
 	CallRecovery();
@@ -261,7 +265,8 @@ static struct
 	uint64 streams; /* bit mask of slots */
 	uint64 retry;
 	uint64 recover;
-	Work *works; /* of which some peer's commit was not waited for; NULL: of none */
+	Work *works;   /* of which some peer's commit was not waited for; NULL: of none */
+	Work *awaited; /* of which some are to be at their peers before COMMIT returns; NULL: of none */
 } later;
 
 static void
@@ -275,8 +280,12 @@ NoteLater(bool committed)
 	later.retry |= current.retry_streams;
 	later.recover |= current.recover_streams;
 	for (Work *work = current.works; work != NULL; work = work->next)
+	{
 		if (work->inlined != NULL && work->inlined->cancelled)
 			later.works = current.works;
+		if (work->awaited)
+			later.awaited = current.works;
+	}
 }
 
 /*
@@ -331,9 +340,11 @@ OnResourceRelease(ResourceReleasePhase phase, bool, bool top_level, void *)
 		shmem::WakeWorkersOf(MyDatabaseId);
 
 	Work *works = later.works;
+	Work *awaited = later.awaited;
 
 	later = {};
 	TellCancelled(works);
+	AwaitPeers(awaited);
 }
 
 static void

@@ -92,6 +92,9 @@ Use(const Route &route)
 		work = NewWork(route);
 	if (unlikely(work->given_up) && StillGivenUp(work))
 	{
+		int level = GetCurrentTransactionNestLevel();
+
+		work->refused_level = work->refused_level == 0 ? level : Min(work->refused_level, level);
 		RefuseSync(work, route);
 		return NULL;
 	}
@@ -303,6 +306,8 @@ UndoTo(Work *work, int level)
 		work->too_large = false;
 		MMREPL_CRASH_POINT("give-up-cut-undone");
 	}
+	if (work->refused_level >= level)
+		work->refused_level = 0;
 	/* With the locks of what is undone nobody keeps resync() away any more. */
 	work->ask_again |= work->given_up && !work->too_large;
 	if (work->sync && work->sync_level >= level)
@@ -318,6 +323,7 @@ MergeInto(Work *work, int level)
 
 	work->sync_level = Min(work->sync_level, level - 1);
 	work->too_large_level = Min(work->too_large_level, level - 1);
+	work->refused_level = Min(work->refused_level, level - 1);
 	if (mark == NULL || mark->level != level)
 		return;
 	if (level - 1 > 1 && (mark->outer == NULL || mark->outer->level < level - 1))

@@ -56,8 +56,12 @@ struct Work
 	int64 unsent;		 /* changes that the peer is not known to have executed */
 	Fence fence;		 /* of the flush that is under way */
 	connection::Failure fence_failure;
-	sync::Work *inlined; /* NULL until the first flush */
-	bool recover;		 /* something may be left prepared at the peer */
+	sync::Work *inlined;	/* NULL until the first flush */
+	bool recover;			/* something may be left prepared at the peer */
+	int refused_level;		/* least nest level, after merges, at which a change was not captured
+						* because the stream needs a resync; 0: none was */
+	bool awaited;			/* COMMIT returns when it is at the peer, or with a warning */
+	queue::Arrival arrival; /* ... stream NULL: it is known not to arrive by itself */
 };
 
 /* What was captured for a pair at one nest level of subtransactions, after merges. */
@@ -171,6 +175,15 @@ bool PassFence(Work *work, bool for_good, connection::Failure *failure);
 
 /* Whether PassFence() succeeds at once, which is as good as it; wakes the worker if not. */
 bool FenceIsOpen(Work *work);
+
+/*
+ * mmrepl.async_commit.  PrepareToAwait() sees to a place in shared memory where there is
+ * none yet, and may raise.  The others do not: NotePeersToAwait() chooses what COMMIT
+ * waits for, before the ticket is settled; AwaitPeers() waits when all locks are released.
+ */
+void PrepareToAwait(const Work *work);
+void NotePeersToAwait();
+void AwaitPeers(Work *works);
 
 /* Undo and merge of subtransactions. */
 void UndoTo(Work *work, int level);

@@ -127,7 +127,7 @@ Breather(const Session *session)
 		return 0;
 	if (session->lanes.draining && UsableLanes(session) > 1)
 		return 0;
-	if (session->feed.from_tables || queue::SomebodyWaits(*session->shared) ||
+	if (session->feed.from_tables || queue::SomebodyWatches(*session->shared) ||
 		queue::PeekRing(*session->shared, session->slot) == NULL)
 		return 0;
 	return (long) Max(pace.started[pace.last] + guc::batch_delay - now, (TimestampTz) 0);
