@@ -44,8 +44,10 @@ my $tables = q{
 	INSERT INTO shared SELECT g, 0 FROM generate_series(1, 20) g};
 $alpha->create_table_on_both($beta, $tables);
 $beta->safe_psql('second', $tables);
+$alpha->create_table_on_both($beta, 'CREATE TABLE inlined (id int PRIMARY KEY, n int)');
 $alpha->create_pair('item', 'beta');
 $alpha->create_pair_on_both($beta, 'shared');
+$alpha->create_pair('inlined', 'beta', q{mode => 'sync', on_unreachable => 'queue'});
 here('UPDATE item SET n = n');
 $alpha->wait_caught_up('beta');
 
@@ -277,6 +279,31 @@ section 'the wait ends' => sub {
 	is(there('SELECT n FROM item WHERE id = 7'), '3', 'all of it arrives');
 };
 
+section 'in a procedure' => sub {
+	my $loop = 'DO $$ BEGIN FOR i IN 1 .. 3 LOOP UPDATE item SET n = n + 1 WHERE id = 14; COMMIT; END LOOP; END $$';
+	my $session = awaiting('applied');
+
+	hold_row(14);
+	$session->start($loop);
+	poll_waits($session, 14, 1);
+	here('SELECT pg_cancel_backend(' . $session->pid . ')');
+	my (undef, $err) = $session->finish;
+	like($err, qr/WARNING:  57014: .*ERROR:  57014: .*user request/s, 'a cancel ends more than the wait');
+	is(here('SELECT n FROM item WHERE id = 14'), '1', '... nothing is done behind it');
+
+	my $start = Time::HiRes::time();
+	(undef, $err) = $session->run("SET statement_timeout = '1s'; $loop");
+	like($err, qr/WARNING:  57014: .*ERROR:  57014: .*statement timeout/s, 'so does statement_timeout');
+	cmp_ok(Time::HiRes::time() - $start, '<', 1 + $soon, '... in time');
+	is(here('SELECT n FROM item WHERE id = 14'), '2', '... and nothing is done behind that');
+	$session->ok('RESET statement_timeout');
+	release();
+	(undef, $err) = $session->run($loop);
+	is($err, '', 'it waits and goes on');
+	is(seen('SELECT n FROM item WHERE id = 14'), '5', '... all of it');
+	$session->quit;
+};
+
 section 'a stream that has stopped' => sub {
 	my $session = awaiting('applied');
 
@@ -289,6 +316,24 @@ section 'a stream that has stopped' => sub {
 	here(q{SELECT mmrepl.resume('beta')});
 	$alpha->wait_caught_up('beta');
 
+	hold_row(8);
+	$session->start('UPDATE item SET n = 5 WHERE id = 8');
+	poll_waits($session, 8, 5);
+	$start = Time::HiRes::time();
+	here(q{SELECT mmrepl.pause('beta')});
+	(undef, $err) = $session->finish;
+	like($err, qr/$warning applied at server "beta".*the stream is "paused"/s, 'paused while it waits: a warning');
+	cmp_ok(Time::HiRes::time() - $start, '<', 1 + $soon, '... soon');
+	here(q{SELECT mmrepl.resume('beta')});
+	release();
+
+	there('ALTER TABLE item ADD CONSTRAINT good CHECK (n <> 77)');
+	(undef, $err) = $session->run('UPDATE item SET n = 77 WHERE id = 8');
+	like($err, qr/$warning applied at server "beta".*the stream is "blocked"/s, 'blocked: a warning');
+	there('ALTER TABLE item DROP CONSTRAINT good');
+	here(q{SELECT mmrepl.retry_now('beta')});
+	$alpha->wait_caught_up('beta');
+
 	disconnect();
 	$beta->stop;
 	$alpha->poll_ok(q{SELECT consecutive_failures >= 3 FROM mmrepl.pg_stat_mmrepl WHERE server = 'beta'}, 'the peer is not reached');
@@ -296,7 +341,18 @@ section 'a stream that has stopped' => sub {
 	(undef, $err) = $session->run('UPDATE item SET n = 2 WHERE id = 8');
 	like($err, qr/$warning applied at server "beta".*the stream is "retrying"/s, 'retrying: a warning');
 	cmp_ok(Time::HiRes::time() - $start, '<', $soon, '... at once');
+	(undef, $err) = $session->run('BEGIN; INSERT INTO inlined VALUES (1, 1); UPDATE item SET n = n WHERE id = 8; COMMIT');
+	like($err, qr/NOTICE: .*$warning applied at server "beta"/s, 'what was to be synchronous, and is queued, is not exempt');
+
+	# It is back, and the next try is far away.
+	here(qq{ALTER SYSTEM SET mmrepl.retry_$_ = '1h'}) foreach ('max_delay', 'min_delay');
+	$alpha->reload;
+	$alpha->poll_ok(q{SELECT next_retry_at > now() + interval '10min' FROM mmrepl.pg_stat_mmrepl WHERE server = 'beta'}, 'the next try is far away');
 	$beta->start;
+	ok(until_true(sub { return ($session->run('UPDATE item SET n = 2 WHERE id = 8'))[1] eq '' }),
+		'those who do not wait have it tried');
+	here(qq{ALTER SYSTEM RESET mmrepl.retry_$_}) foreach ('max_delay', 'min_delay');
+	$alpha->reload;
 	$alpha->wait_caught_up('beta');
 	$alpha->poll_state('beta', 'streaming');
 	(undef, $err) = $session->run('UPDATE item SET n = 3 WHERE id = 8');
@@ -329,14 +385,24 @@ section 'a stream that is given up' => sub {
 	here(q{SELECT mmrepl.resync('beta')});
 	$alpha->wait_caught_up('beta');
 	is($alpha->fingerprint('item'), $beta->fingerprint('item'), 'both sides are equal after the resync');
+
+	hold_row(9);
+	$session->start('UPDATE item SET n = 3 WHERE id = 9');
+	poll_waits($session, 9, 3);
+	here(q{SELECT mmrepl.resync('beta', force => true)});
+	(undef, $err, $took) = $session->finish;
+	like($err, qr/$warning flushed.*resync\(\) has taken it out/s, 'a resync() comes in between');
+	cmp_ok($took, '<', 30, '... which ends the wait');
+	release();
 	$session->quit;
 };
 
 section 'several peers, modes, prepared transactions' => sub {
-	$alpha->create_pair('item', 'second', q{copy_data => true});
-	$alpha->wait_caught_up('second');
-
 	my $session = awaiting('applied');
+
+	my (undef, $created) = $session->run(q{SELECT mmrepl.create_pair('item', 'second', copy_data => true)});
+	is($created, '', 'the stream is new: its worker is awaited, too');
+	is($beta->safe_psql('second', 'SELECT count(*) FROM item'), here('SELECT count(*) FROM item'), '... the copy is there');
 
 	foreach my $n (1 .. 10)
 	{
@@ -355,10 +421,36 @@ section 'several peers, modes, prepared transactions' => sub {
 	$session->ok(q{BEGIN; SET LOCAL mmrepl.mode = 'sync'; UPDATE item SET n = 12 WHERE id = 10; COMMIT});
 	is(there('SELECT n FROM item WHERE id = 10'), '12', 'a synchronous transaction');
 	$session->ok(q{BEGIN; UPDATE item SET n = 13 WHERE id = 10; PREPARE TRANSACTION 'one'});
+	hold_row(10);
+	my $start = Time::HiRes::time();
 	(undef, $err) = $session->run(q{COMMIT PREPARED 'one'});
 	is($err, '', 'COMMIT PREPARED does not wait');
-	$alpha->wait_caught_up($_) foreach ('beta', 'second');
+	cmp_ok(Time::HiRes::time() - $start, '<', $soon, '... at all');
+	release();
+	$alpha->wait_caught_up('second');
 	is(there('SELECT n FROM item WHERE id = 10'), '13', '... and arrives');
+
+	# The end of a synchronous transaction is waited for at one peer, and the queue of another one.
+	my $far = $beta->session('second');
+	$_->safe_psql($_ == $beta ? 'second' : 'postgres', 'CREATE TABLE afar (id int PRIMARY KEY, n int)') foreach ($alpha, $beta);
+	$alpha->create_pair('afar', 'second');
+	$session->ok('INSERT INTO afar VALUES (1, 0)');
+	$far->ok('BEGIN; SELECT FROM afar FOR UPDATE');
+	without_flushes(
+		sub {
+			$session->start('BEGIN; UPDATE afar SET n = 1; INSERT INTO inlined VALUES (2, 2); COMMIT');
+			my $pid = $session->pid;
+			$beta->poll_ok(q{SELECT count(*) > 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'}, 'a peer commits');
+			$start = Time::HiRes::time();
+			here("SELECT pg_cancel_backend($pid)");
+			(undef, $err) = $session->finish;
+			cmp_ok(Time::HiRes::time() - $start, '<', $soon, 'one cancel ends the wait for both of them');
+			like($err, qr/WARNING:  57014: the commit at server "beta" was not waited for/, '... with a warning for the one');
+			like($err, qr/WARNING:  57014: the transaction is not known to be applied at server "second"/, '... and for the other');
+			$far->ok('ROLLBACK');
+		});
+	$far->quit;
+	$alpha->wait_caught_up('second');
 	$session->quit;
 };
 
@@ -376,21 +468,29 @@ section 'one place after the other' => sub {
 		  INSERT INTO item SELECT g, g FROM generate_series(100000, 300000) g; ROLLBACK TO a; COMMIT});
 	poll_waits($session, 11, 1);
 	release();
-	$session->finish;
+	is(($session->finish)[1], '', '... and is awaited');
 	here('ALTER SYSTEM RESET mmrepl.max_queue_size');
 	$alpha->reload;
 	$session->quit;
 
-	# Nobody has looked for streams since the restart.
+	# Nobody can look for streams after the restart, nor serve them.
+	$alpha->append_conf('postgresql.conf', 'max_worker_processes = 2');
+	$alpha->restart;
+	$session = awaiting('flushed');
+	my $start = Time::HiRes::time();
+	my (undef, $err) = $session->run('UPDATE item SET n = 2 WHERE id = 11');
+	like($err, qr/$warning flushed at server "beta".*the stream is "starting"/s, 'no worker: a warning');
+	cmp_ok(Time::HiRes::time() - $start, '<', 30, '... long before sync_timeout');
+	$alpha->append_conf('postgresql.conf', 'max_worker_processes = 20');
 	hold_row(11);
 	$alpha->restart;
 	$session = awaiting('flushed');
-	$session->start('UPDATE item SET n = 2 WHERE id = 11');
-	poll_waits($session, 11, 2);
+	$session->start('UPDATE item SET n = 12 WHERE id = 11');
+	poll_waits($session, 11, 12);
 	release();
-	my (undef, $err) = $session->finish;
+	(undef, $err) = $session->finish;
 	is($err, '', 'right after a restart');
-	is(there('SELECT n FROM item WHERE id = 11'), '2', '... it is there');
+	is(there('SELECT n FROM item WHERE id = 11'), '12', '... it is there');
 
 	# One that waits for two peers, of which one is no peer any more.
 	my $other = $beta->session('second');
@@ -405,8 +505,8 @@ section 'one place after the other' => sub {
 	$session->start('UPDATE item SET n = 4 WHERE id = 11');
 	poll_waits($session, 11, 4);
 	here('DROP SERVER second CASCADE');
-	my (undef, $said, $took) = $session->finish;
-	like($said, qr/$warning flushed at server "second".*nothing delivers it/s, 'the server is dropped');
+	(undef, $err, my $took) = $session->finish;
+	like($err, qr/$warning flushed at server "second".*Nothing delivers it/s, 'the server is dropped');
 	cmp_ok($took, '<', 30, '... which ends the wait');
 	$other->ok('COMMIT');
 	$other->quit;

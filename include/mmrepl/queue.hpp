@@ -332,8 +332,8 @@ bool SomebodyWatches(const shmem::Stream &stream);
 /* A transaction of this session that is to be at the peer: applied there, or flushed as well. */
 struct Arrival
 {
-	shmem::Stream *stream;
-	uint64 epoch; /* of the slot's use */
+	shmem::Stream *stream; /* NULL: of a stream without a slot; only ticket and flushed are set */
+	uint64 epoch;		   /* of the slot's use */
 	uint64 ticket;
 	bool flushed;
 };
@@ -341,14 +341,16 @@ struct Arrival
 /*
  * The wait of a COMMIT, from transaction callbacks: nothing here raises or allocates.
  * Want() comes before the ticket is settled: the worker that this wakes leaves no flush
- * of the peer for later, or does without its breather.  AwaitArrival() ends at the
- * deadline, at a cancel, and when the stream delivers nothing more; true when it has
- * arrived.  IsSameStream(): the slot is still that stream's.
+ * of the peer for later, or does without its breather.  AwaitArrival() ends after the
+ * timeout (ms), at a cancel, and when the transaction is not delivered any more; true when
+ * it has arrived.  IsSameStream(): the slot is still that stream's.  IsDiscarded(): it was
+ * given up, or a resync() has taken its place; it has not arrived then, whatever is confirmed.
  */
 void Want(const Arrival &arrival);
 bool IsSameStream(const Arrival &arrival);
 bool HasArrived(const Arrival &arrival);
-bool AwaitArrival(const Arrival &arrival, TimestampTz deadline);
+bool IsDiscarded(const Arrival &arrival);
+bool AwaitArrival(const Arrival &arrival, long timeout);
 
 /*
  * Wait until the goal is reached; false at the deadline. Interruptible.  Wakes the

@@ -153,8 +153,9 @@ DefineSessionSettings()
 	DefineInt("mmrepl.sync_lock_timeout", "Longest wait for a lock at the peer of a sync pair.",
 			  "0 takes twice deadlock_timeout.", &sync_lock_timeout, 0, INT_MAX, PGC_USERSET,
 			  GUC_UNIT_MS);
-	DefineInt("mmrepl.sync_timeout", "Longest wait for the peer of a sync pair.", NULL,
-			  &sync_timeout, 10, 3600000, PGC_USERSET, GUC_UNIT_MS);
+	DefineInt("mmrepl.sync_timeout", "Longest wait for the peer of a sync pair.",
+			  "And of a COMMIT for what mmrepl.async_commit asks for.", &sync_timeout, 10, 3600000,
+			  PGC_USERSET, GUC_UNIT_MS);
 	DefineCustomBoolVariable("mmrepl.capture", "Capture changes of replicated tables.",
 							 "Off, the session's changes stay local.", &capture, true, PGC_SUSET, 0,
 							 NULL, NULL, NULL);

@@ -254,7 +254,16 @@ IsSameStream(const Arrival &arrival)
 	return arrival.stream->in_use && arrival.stream->epoch == arrival.epoch;
 }
 
-/* The slot's next use clears the epoch before it has a position. */
+bool
+IsDiscarded(const Arrival &arrival)
+{
+	return pg_atomic_read_u64(&arrival.stream->discarded) >= arrival.ticket;
+}
+
+/*
+ * The slot's next use clears the epoch before it has a position, and what is discarded
+ * is so before it is passed.
+ */
 bool
 HasArrived(const Arrival &arrival)
 {
@@ -262,7 +271,7 @@ HasArrived(const Arrival &arrival)
 	uint64 reached = arrival.flushed ? ConfirmedUpTo(stream) : AppliedUpTo(stream);
 
 	pg_read_barrier();
-	return reached >= arrival.ticket && IsSameStream(arrival);
+	return reached >= arrival.ticket && IsSameStream(arrival) && !IsDiscarded(arrival);
 }
 
 /*
@@ -281,23 +290,36 @@ StandAt(ConditionVariable *variable, bool first)
 	SpinLockRelease(&variable->mutex);
 }
 
+/* Milliseconds since then, by a clock that nobody sets. */
+static long
+Elapsed(const instr_time &since)
+{
+	instr_time now;
+
+	INSTR_TIME_SET_CURRENT(now);
+	INSTR_TIME_SUBTRACT(now, since);
+	return (long) INSTR_TIME_GET_MILLISEC(now);
+}
+
 /*
  * The server's own sleep on a condition variable does not end at a cancel while
- * interrupts are held off.  This one looks.
+ * interrupts are held off.  This one looks.  Whose latch was set for something else
+ * finds it set afterwards.
  */
 bool
-AwaitArrival(const Arrival &arrival, TimestampTz deadline)
+AwaitArrival(const Arrival &arrival, long timeout)
 {
 	ConditionVariable *variable =
 		arrival.flushed ? &arrival.stream->confirmed_cv : &arrival.stream->applied_cv;
+	instr_time began;
 	bool arrived;
 
+	INSTR_TIME_SET_CURRENT(began);
 	StandAt(variable, true);
-	while (!(arrived = HasArrived(arrival)) && IsSameStream(arrival) &&
-		   pg_atomic_read_u64(&arrival.stream->discarded) != shmem::kNeedsResync &&
+	while (!(arrived = HasArrived(arrival)) && IsSameStream(arrival) && !IsDiscarded(arrival) &&
 		   !QueryCancelPending && !ProcDiePending)
 	{
-		long left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), deadline);
+		long left = timeout - Elapsed(began);
 
 		if (left <= 0)
 			break;
@@ -310,6 +332,7 @@ AwaitArrival(const Arrival &arrival, TimestampTz deadline)
 		StandAt(variable, false);
 	}
 	ConditionVariableCancelSleep();
+	SetLatch(MyLatch);
 	return arrived;
 }
 

@@ -1,6 +1,7 @@
 /*
  * await_peers.cpp
- *		mmrepl.async_commit: COMMIT returns when the peers have what was queued.
+ *		mmrepl.async_commit: COMMIT returns when the peers have what was queued; and
+ *		what is said when it has not waited as long as it should have.
  *
  * Like the server's own synchronous replication it waits when the transaction is
  * committed here, and so can only be given up, with a warning, and not undone.
@@ -24,24 +25,40 @@ Waits()
 
 /*
  * Whether COMMIT has to wait for the work: it was captured, or would have been.  What
- * is sent inline is there already; who was told that his changes are queued, or not
- * even that, is not told again; resync() takes its time.
+ * is sent inline is there already; resync() takes its time.
  */
 static bool
 IsAwaited(const Work *work)
 {
-	return (work->changes > 0 || work->refused_level > 0) && !work->sync && !work->degraded &&
-		   !work->out.copy && !(work->out.flags & queue::kTombstone);
+	return (work->changes > 0 || work->refused_level > 0) && !work->sync && !work->out.copy &&
+		   !(work->out.flags & queue::kTombstone);
 }
 
 void
-PrepareToAwait(const Work *work)
+PrepareToAwait(Work *work)
 {
 	catalog::StreamRow row = {};
 
-	if (Waits() && !work->sync && !catalog::MadeHere(work->route.stream) &&
-		queue::SlotOf(work->route.stream) < 0 && catalog::ReadStreamRow(work->route.stream, &row))
+	if (!Waits() || work->sync || queue::SlotOf(work->route.stream) >= 0 ||
+		!catalog::ReadStreamRow(work->route.stream, &row))
+		return;
+	if (!catalog::MadeHere(row.id))
 		(void) queue::TakeSlot(row);
+	else /* not before it is there for everybody */
+		InContext(current.context, [&] {
+			work->made = (catalog::StreamRow *) palloc(sizeof(row));
+			*work->made = row;
+		});
+}
+
+static void
+WantAt(Work *work, int slot)
+{
+	shmem::Stream &stream = shmem::Get().streams[slot];
+
+	work->arrival.stream = &stream;
+	work->arrival.epoch = stream.epoch;
+	queue::Want(work->arrival);
 }
 
 void
@@ -52,99 +69,198 @@ NotePeersToAwait()
 	for (Work *work = current.works; work != NULL; work = work->next)
 	{
 		work->awaited = IsAwaited(work);
-		if (!work->awaited || work->refused_level > 0 || current.ticket == 0 || work->out.slot < 0)
+		if (!work->awaited || work->refused_level > 0 || current.ticket == 0)
 			continue;
-		shmem::Stream &stream = shmem::Get().streams[work->out.slot];
-
-		work->arrival = {&stream, stream.epoch, current.ticket,
-						 guc::async_commit == guc::AsyncCommit::Flushed};
-		queue::Want(work->arrival);
+		work->arrival = {NULL, 0, current.ticket, guc::async_commit == guc::AsyncCommit::Flushed};
+		if (work->out.slot >= 0)
+			WantAt(work, work->out.slot);
 	}
 }
 
 /* ---- the wait ---- */
 
-/*
- * Whether there is no sense in waiting, for now: somebody has to do something about
- * the stream, or its peer was not reached several times in a row.
- */
 static bool
-IsStopped(const queue::Arrival &arrival, shmem::WorkerState *state)
+Cancelled()
 {
-	constexpr int kTries = 3;
-	shmem::Stream &stream = *arrival.stream;
-
-	SpinLockAcquire(&stream.mutex);
-	*state = stream.paused ? shmem::WorkerState::Paused : stream.state;
-	bool fails = stream.consecutive_failures >= kTries;
-	SpinLockRelease(&stream.mutex);
-	if (pg_atomic_read_u64(&stream.discarded) == shmem::kNeedsResync)
-		*state = shmem::WorkerState::NeedsResync; /* the worker may not have said so yet */
-	return !queue::IsSameStream(arrival) || *state == shmem::WorkerState::Paused ||
-		   *state == shmem::WorkerState::Blocked || *state == shmem::WorkerState::NeedsResync ||
-		   (*state == shmem::WorkerState::Retrying && fails);
+	return QueryCancelPending || ProcDiePending;
 }
 
-/* True when it has arrived.  That the stream has stopped is noticed within a second. */
-static bool
-Await(const queue::Arrival &arrival, TimestampTz deadline)
+/* How a stream looks to who waits for it. */
+struct Sight
 {
-	constexpr int kLook = 1000; /* ms */
 	shmem::WorkerState state;
+	bool fails;	   /* its peer was not reached several times in a row */
+	bool unserved; /* it has no worker */
+};
+
+static Sight
+LookAt(shmem::Stream &stream)
+{
+	constexpr int kTries = 3;
+
+	SpinLockAcquire(&stream.mutex);
+	Sight sight = {stream.paused ? shmem::WorkerState::Paused : stream.state,
+				   stream.consecutive_failures >= kTries, stream.worker_pid == 0};
+	SpinLockRelease(&stream.mutex);
+	return sight;
+}
+
+/* Whether somebody has to do something before it can arrive, or the peer is away. */
+static bool
+IsStopped(const queue::Arrival &arrival, const Sight &sight)
+{
+	using shmem::WorkerState;
+
+	return !queue::IsSameStream(arrival) || queue::IsDiscarded(arrival) ||
+		   sight.state == WorkerState::Paused || sight.state == WorkerState::Blocked ||
+		   sight.state == WorkerState::NeedsResync ||
+		   (sight.state == WorkerState::Retrying && sight.fails);
+}
+
+/*
+ * Until the time of QuietDeadline(); true when it has arrived.  That the stream has
+ * stopped is noticed within a second, that nobody serves it when he who looks has seen
+ * no worker several times.
+ */
+static bool
+Await(const queue::Arrival &arrival, int64 until)
+{
+	constexpr int64 kLook = 1000; /* ms */
+	constexpr int kPatience = 2;  /* looks */
+	int unserved = 0;
 
 	while (!queue::HasArrived(arrival))
 	{
-		if (QueryCancelPending || ProcDiePending || GetCurrentTimestamp() >= deadline ||
-			IsStopped(arrival, &state))
+		Sight sight = LookAt(*arrival.stream);
+		int64 left = until - connection::QuietDeadline(0);
+
+		unserved = sight.unserved ? unserved + 1 : 0;
+		if (Cancelled() || left <= 0 || unserved > kPatience || IsStopped(arrival, sight))
+		{
+			if (sight.state == shmem::WorkerState::Retrying)
+				(void) AskForRetry(*arrival.stream);
 			return false;
-		(void) queue::AwaitArrival(arrival, Min(deadline, connection::DeadlineIn(kLook)));
+		}
+		(void) queue::AwaitArrival(arrival, (long) Min(left, kLook));
 	}
 	return true;
 }
 
-/*
- * To the client alone: the worker has told the log what is wrong, and there may be many
- * of these.
- */
-static void
-TellAway(const Work *work, bool cancelled)
+/* A stream that the transaction itself has made gets its place now that it is committed. */
+static bool
+AwaitWork(Work *work, int64 until)
 {
-	shmem::WorkerState state = shmem::WorkerState::NeedsResync;
-	bool refused = work->refused_level > 0;
-	bool away = work->arrival.stream == NULL || !queue::IsSameStream(work->arrival);
+	int slot = work->made != NULL ? queue::TakeSlot(*work->made) : -1;
 
-	if (!refused && !away)
-		(void) IsStopped(work->arrival, &state);
-	ereport(WARNING_CLIENT_ONLY,
-			(errcode(cancelled ? ERRCODE_QUERY_CANCELED : ERRCODE_MMREPL_SYNC_TIMEOUT),
+	if (slot >= 0)
+		WantAt(work, slot);
+	return work->arrival.stream != NULL && Await(work->arrival, until);
+}
+
+/* ---- the warning ---- */
+
+static bool
+LacksResync(const Work *work)
+{
+	const shmem::Stream *stream = work->arrival.stream;
+
+	return work->refused_level > 0 ||
+		   (stream != NULL && queue::IsSameStream(work->arrival) &&
+			pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream->discarded)) ==
+				shmem::kNeedsResync);
+}
+
+static int
+WhyAway(const Work *work)
+{
+	const queue::Arrival &arrival = work->arrival;
+
+	if (LacksResync(work))
+		return errdetail("It is committed here. The server needs a resync: nothing is delivered "
+						 "to it.");
+	if (arrival.stream == NULL || !queue::IsSameStream(arrival))
+		return errdetail("It is committed here. Nothing delivers it to the server.");
+	if (queue::IsDiscarded(arrival))
+		return errdetail("It is committed here. resync() has taken it out of the queue, and copies "
+						 "the tables instead.");
+	return errdetail("It is committed here, and queued; the stream is \"%s\".",
+					 stats::StateName(LookAt(*arrival.stream).state));
+}
+
+static int
+CodeOf(const Work *work)
+{
+	if (LacksResync(work))
+		return ERRCODE_MMREPL_NEEDS_RESYNC;
+	if (ProcDiePending)
+		return ERRCODE_ADMIN_SHUTDOWN;
+	return QueryCancelPending ? ERRCODE_QUERY_CANCELED : ERRCODE_MMREPL_SYNC_TIMEOUT;
+}
+
+/* To the client alone, if there is one: there may be many of these, and the log has the cause. */
+static void
+TellAway(const Work *work)
+{
+	ereport(whereToSendOutput == DestRemote ? WARNING_CLIENT_ONLY : WARNING,
+			(errcode(CodeOf(work)),
 			 errmsg("the transaction is not known to be %s at server \"%s\"",
 					guc::async_commit == guc::AsyncCommit::Flushed ? "flushed" : "applied",
 					work->route.server_name),
-			 !refused && away
-				 ? errdetail("It is committed here, and queued; nothing delivers it yet.")
-			 : state == shmem::WorkerState::NeedsResync
-				 ? errdetail("It is committed here. The server needs a resync: nothing is "
-							 "delivered to it.")
-				 : errdetail("It is committed here, and queued; the stream is \"%s\".",
-							 stats::StateName(state)),
-			 errhint("See mmrepl.pg_stat_mmrepl for the reason.")));
+			 WhyAway(work), errhint("See mmrepl.pg_stat_mmrepl for the reason.")));
 }
 
-void
-AwaitPeers(Work *works)
+/*
+ * The user did not want to wait for a peer's commit: he is told what that means.  A
+ * slow client keeps nobody waiting: the locks are released by now.
+ */
+static bool
+TellCancelled(Work *works)
 {
-	TimestampTz deadline = works == NULL ? 0 : connection::DeadlineIn(guc::sync_timeout);
 	bool cancelled = false;
 
 	for (Work *work = works; work != NULL; work = work->next)
 	{
-		if (!work->awaited || (work->arrival.stream != NULL && Await(work->arrival, deadline)))
+		if (work->inlined == NULL || !work->inlined->cancelled)
 			continue;
-		cancelled |= QueryCancelPending || ProcDiePending;
-		TellAway(work, cancelled);
+		cancelled = true;
+		ereport(WARNING,
+				(errcode(ERRCODE_QUERY_CANCELED),
+				 errmsg("the commit at server \"%s\" was not waited for", work->route.server_name),
+				 errdetail("The transaction is committed here; the worker completes it there."),
+				 errhint("See mmrepl.in_doubt.")));
 	}
-	if (cancelled)
-		QueryCancelPending = false; /* it has had its effect */
+	return cancelled;
+}
+
+/* True when a cancel has ended the wait. */
+static bool
+AwaitQueued(Work *works)
+{
+	int64 until = works == NULL ? 0 : connection::QuietDeadline(guc::sync_timeout);
+	bool cancelled = false;
+
+	for (Work *work = works; work != NULL; work = work->next)
+	{
+		if (!work->awaited || AwaitWork(work, until))
+			continue;
+		cancelled |= Cancelled();
+		TellAway(work);
+	}
+	return cancelled;
+}
+
+/*
+ * A cancel has had its effect when it has ended a wait.  But not where the COMMIT is
+ * one of a procedure: that does not go on as if nothing had been asked for.
+ */
+void
+AwaitPeers(Work *inlined, Work *queued)
+{
+	bool cancelled = TellCancelled(inlined);
+
+	cancelled |= AwaitQueued(queued);
+	if (cancelled && !SPI_inside_nonatomic_context())
+		QueryCancelPending = false;
 }
 
 } // namespace mmrepl::transaction

@@ -236,6 +236,8 @@ BeginInlineEnds(bool commit)
 static void
 SettleAll(queue::Fate fate)
 {
+	if (fate == queue::Fate::Committed)
+		NotePeersToAwait();
 	BeginInlineEnds(fate == queue::Fate::Committed);
 	for (Work *work = current.works; work != NULL; work = work->next)
 	{
@@ -250,8 +252,6 @@ SettleAll(queue::Fate fate)
 	}
 	sync::EndAbandoned();
 	MMREPL_CRASH_POINT("commit-entries-settled");
-	if (fate == queue::Fate::Committed)
-		NotePeersToAwait();
 	if (current.ticket != 0)
 		queue::SettleTicket(current.parts, current.n_parts);
 	CallRecovery();
@@ -285,27 +285,6 @@ NoteLater(bool committed)
 			later.works = current.works;
 		if (work->awaited)
 			later.awaited = current.works;
-	}
-}
-
-/*
- * The user did not want to wait for a peer's commit: he is told what that means,
- * and the cancel has had its effect.  A slow client keeps nobody waiting: the
- * locks are released by now.
- */
-static void
-TellCancelled(Work *works)
-{
-	for (Work *work = works; work != NULL; work = work->next)
-	{
-		if (work->inlined == NULL || !work->inlined->cancelled)
-			continue;
-		QueryCancelPending = false;
-		ereport(WARNING,
-				(errcode(ERRCODE_QUERY_CANCELED),
-				 errmsg("the commit at server \"%s\" was not waited for", work->route.server_name),
-				 errdetail("The transaction is committed here; the worker completes it there."),
-				 errhint("See mmrepl.in_doubt.")));
 	}
 }
 
@@ -343,8 +322,7 @@ OnResourceRelease(ResourceReleasePhase phase, bool, bool top_level, void *)
 	Work *awaited = later.awaited;
 
 	later = {};
-	TellCancelled(works);
-	AwaitPeers(awaited);
+	AwaitPeers(works, awaited);
 }
 
 static void

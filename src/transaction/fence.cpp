@@ -166,25 +166,32 @@ Passed(Work *work, const shmem::Stream &stream, uint64 serial)
 	return true;
 }
 
-/*
- * The worker has failed and waits before it tries again; the peer may be back since.
- * It tries now, unless it has just done so, and a try that fails at once is awaited.
- * Whether it got on.
- */
-static bool
-HurryRetry(shmem::Stream &stream)
+bool
+AskForRetry(shmem::Stream &stream)
 {
-	constexpr int kEvery = 1000;   /* ms */
-	constexpr int kPatience = 200; /* ms */
-	TimestampTz until = connection::DeadlineIn(kPatience);
+	constexpr int kEvery = 1000; /* ms */
 
 	SpinLockAcquire(&stream.mutex);
-	int failures = stream.consecutive_failures;
 	TimestampTz failed_at = stream.last_error_at;
 	SpinLockRelease(&stream.mutex);
 	if (!TimestampDifferenceExceeds(failed_at, GetCurrentTimestamp(), kEvery))
 		return false;
 	shmem::RequestRetry(stream);
+	return true;
+}
+
+/* The same, and a try that fails at once is awaited.  Whether it got on. */
+static bool
+HurryRetry(shmem::Stream &stream)
+{
+	constexpr int kPatience = 200; /* ms */
+	TimestampTz until = connection::DeadlineIn(kPatience);
+
+	SpinLockAcquire(&stream.mutex);
+	int failures = stream.consecutive_failures;
+	SpinLockRelease(&stream.mutex);
+	if (!AskForRetry(stream))
+		return false;
 	for (;;)
 	{
 		(void) queue::WaitConfirmed(stream, queue::CurrentGoal(stream),

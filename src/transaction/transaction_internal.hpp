@@ -5,6 +5,7 @@
 #pragma once
 
 #include "mmrepl/base.hpp"
+#include "mmrepl/catalog.hpp"
 #include "mmrepl/queue.hpp"
 #include "mmrepl/sync.hpp"
 #include "mmrepl/transaction.hpp"
@@ -56,12 +57,13 @@ struct Work
 	int64 unsent;		 /* changes that the peer is not known to have executed */
 	Fence fence;		 /* of the flush that is under way */
 	connection::Failure fence_failure;
-	sync::Work *inlined;	/* NULL until the first flush */
-	bool recover;			/* something may be left prepared at the peer */
-	int refused_level;		/* least nest level, after merges, at which a change was not captured
+	sync::Work *inlined;	  /* NULL until the first flush */
+	bool recover;			  /* something may be left prepared at the peer */
+	int refused_level;		  /* least nest level, after merges, at which a change was not captured
 						* because the stream needs a resync; 0: none was */
-	bool awaited;			/* COMMIT returns when it is at the peer, or with a warning */
-	queue::Arrival arrival; /* ... stream NULL: it is known not to arrive by itself */
+	bool awaited;			  /* COMMIT returns when it is at the peer, or with a warning */
+	queue::Arrival arrival;	  /* ... as far as the stream has a slot */
+	catalog::StreamRow *made; /* ... and this transaction has made the stream; else NULL */
 };
 
 /* What was captured for a pair at one nest level of subtransactions, after merges. */
@@ -177,13 +179,21 @@ bool PassFence(Work *work, bool for_good, connection::Failure *failure);
 bool FenceIsOpen(Work *work);
 
 /*
+ * The worker has failed and waits before it tries again; the peer may be back since.
+ * Have it try now; false: it has done so a moment ago.
+ */
+bool AskForRetry(shmem::Stream &stream);
+
+/*
  * mmrepl.async_commit.  PrepareToAwait() sees to a place in shared memory where there is
  * none yet, and may raise.  The others do not: NotePeersToAwait() chooses what COMMIT
- * waits for, before the ticket is settled; AwaitPeers() waits when all locks are released.
+ * waits for, before anything is settled; AwaitPeers() waits when all locks are released.
+ * It warns of what was not waited for, there or by those who commit at their peers
+ * (inlined), and ends a cancel that had this effect.  Works, or NULL: none.
  */
-void PrepareToAwait(const Work *work);
+void PrepareToAwait(Work *work);
 void NotePeersToAwait();
-void AwaitPeers(Work *works);
+void AwaitPeers(Work *inlined, Work *queued);
 
 /* Undo and merge of subtransactions. */
 void UndoTo(Work *work, int level);
