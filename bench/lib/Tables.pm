@@ -87,6 +87,14 @@ foreach my $rows (1, 10, 100, 10000)
 	  [ '÷ native-sync-flush\'s', "ms_$rows", 'native-sync-flush' ];
 }
 
+foreach my $clients (1, 4, 16, 64)
+{
+	push @{ $columns{waiting} },
+	  [ $clients == 1 ? '1 client, TPS' : "$clients clients, TPS", "tps_$clients", 'median' ],
+	  [ '÷ native-sync\'s',       "tps_$clients", 'native-sync' ],
+	  [ '÷ native-sync-flush\'s', "tps_$clients", 'native-sync-flush' ];
+}
+
 foreach my $kind (1, 2, 10, 'bulk')
 {
 	push @{ $columns{distance} },
