@@ -548,6 +548,32 @@ section 'many that wait' => sub {
 	$alpha->wait_caught_up('beta');
 };
 
+section 'many that wait, again and again' => sub {
+	my $script = $alpha->basedir . '/one_row.sql';
+	my %took;
+
+	# Between two batches nobody waits for a moment: they are about to do so again.
+	here('ALTER SYSTEM SET fsync = on');
+	append_to_file($script, "\\set id random(1000, 1999)\nUPDATE item SET n = n + 1 WHERE id = :id;\n");
+	foreach my $delay (0, 20000, 0, 20000)
+	{
+		here("ALTER SYSTEM SET mmrepl.batch_delay = $delay");
+		$alpha->reload;
+		$alpha->poll_ok("SELECT current_setting('mmrepl.batch_delay')::int = $delay", 'another pace');
+		local $ENV{PGOPTIONS} = '-c mmrepl.async_commit=applied';
+		my $start = Time::HiRes::time();
+		$alpha->command_ok(
+			[ 'pgbench', '-n', '-c', '8', '-t', '200', '-f', $script, '-h', $alpha->host, '-p', $alpha->port, 'postgres' ],
+			'eight clients');
+		my $time = Time::HiRes::time() - $start;
+		$took{$delay} = $time if !$took{$delay} || $time < $took{$delay};
+	}
+	cmp_ok($took{20000}, '<', 2 * $took{0}, 'they need no longer because batches keep a pace');
+	here("ALTER SYSTEM RESET $_") foreach ('mmrepl.batch_delay', 'fsync');
+	$alpha->reload;
+	$alpha->wait_caught_up('beta');
+};
+
 section 'two masters that wait for each other' => sub {
 	my $number = 0;
 	my @clients;

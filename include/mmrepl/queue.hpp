@@ -56,6 +56,7 @@ struct Outgoing
 	uint64 entry;			/* ring position of the entry + 1; 0: not in the ring */
 	uint64 counted_bytes;
 	bool copy;		/* resync()'s copy of the tables */
+	bool awaited;	/* its COMMIT waits until the peer has it */
 	bool delivered; /* settled as being at the peer, flushed or not */
 };
 

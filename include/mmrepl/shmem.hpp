@@ -91,6 +91,7 @@ struct Leftover
 
 constexpr int kMaxLeftovers = 16; /* that are shown */
 constexpr uint64 kHeedless = PG_UINT64_MAX;
+constexpr uint64 kBreather = PG_UINT64_MAX - 1;
 
 struct Stream
 {
@@ -141,7 +142,8 @@ struct Stream
 	/*
 	 * When the sleeping worker will look at the ring by itself (TimestampTz): until
 	 * then it need not be woken for what is at the peer already.  0: it is awake, or
-	 * wants to be woken for everything; kHeedless: for nothing that is queued.
+	 * wants to be woken for everything; kHeedless: for nothing that is queued;
+	 * kBreather: for what is queued if its COMMIT waits for the peer.
 	 */
 	pg_atomic_uint64 looks_at;
 

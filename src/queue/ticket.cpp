@@ -241,6 +241,8 @@ WantsWake(shmem::Stream &stream, const Outgoing *out)
 
 	if (looks_at == 0 || (out->flags & kTombstone))
 		return true;
+	if (looks_at == shmem::kBreather)
+		return out->awaited;
 	return looks_at != shmem::kHeedless && !out->delivered;
 }
 

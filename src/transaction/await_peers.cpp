@@ -71,6 +71,7 @@ NotePeersToAwait()
 		work->awaited = IsAwaited(work);
 		if (!work->awaited || work->refused_level > 0 || current.ticket == 0)
 			continue;
+		work->out.awaited = true;
 		work->arrival = {NULL, 0, current.ticket, guc::async_commit == guc::AsyncCommit::Flushed};
 		if (work->out.slot >= 0)
 			WantAt(work, work->out.slot);

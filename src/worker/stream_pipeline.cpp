@@ -134,16 +134,23 @@ Breather(const Session *session)
 }
 
 /*
- * Asleep without the latch: committing backends need not signal us.  Whatever
- * they set is seen afterwards.
+ * Committing backends do not wake us, but for one that is going to wait, as sessions
+ * at the fence do.  What the latch was set for before is looked at afterwards.
  */
 static void
 Gather(const Session *session)
 {
-	long left = MayStart(session) ? Breather(session) : 0;
+	long left = MayStart(session) ? (Breather(session) + 500) / 1000 : 0; /* ms */
 
-	if (left > 0)
-		pg_usleep(left);
+	if (left == 0)
+		return;
+	(void) pg_atomic_exchange_u64(&session->shared->looks_at, shmem::kBreather);
+	ResetLatch(MyLatch);
+	if (!queue::SomebodyWatches(*session->shared))
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, left,
+						 PG_WAIT_EXTENSION);
+	(void) pg_atomic_exchange_u64(&session->shared->looks_at, 0);
+	SetLatch(MyLatch);
 }
 
 /* A batch that is not ahead goes over the first connection, behind others like it. */
