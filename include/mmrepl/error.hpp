@@ -120,24 +120,6 @@ Caught(Body body)
 	return error;
 }
 
-/*
- * Run body where an error must not get out (abort callbacks, clean-up): an
- * error becomes a WARNING.  Returns false when there was one.
- */
-template <typename Body>
-bool
-Swallow(Body body, const char *what)
-{
-	ErrorData *error = Caught(body);
-
-	if (error == NULL)
-		return true;
-	ereport(WARNING,
-			(errcode(error->sqlerrcode), errmsg("mmrepl: %s failed: %s", what, error->message)));
-	FreeErrorData(error);
-	return false;
-}
-
 /* Run fn with CurrentMemoryContext set; on an error the catcher restores. */
 template <typename Fn>
 inline auto

@@ -51,13 +51,17 @@ PrepareToAwait(Work *work)
 		});
 }
 
+/* Unless the slot has become another stream's. */
 static void
 WantAt(Work *work, int slot)
 {
 	shmem::Stream &stream = shmem::Get().streams[slot];
 
-	work->arrival.stream = &stream;
 	work->arrival.epoch = stream.epoch;
+	pg_read_barrier();
+	if (queue::SlotOf(work->route.stream) != slot)
+		return;
+	work->arrival.stream = &stream;
 	queue::Want(work->arrival);
 }
 
@@ -121,13 +125,13 @@ IsStopped(const queue::Arrival &arrival, const Sight &sight)
 /*
  * Until the time of QuietDeadline(); true when it has arrived.  That the stream has
  * stopped is noticed within a second, that nobody serves it when he who looks has seen
- * no worker several times.
+ * no worker several times.  Connections that others need are not kept meanwhile.
  */
 static bool
 Await(const queue::Arrival &arrival, int64 until)
 {
 	constexpr int64 kLook = 1000; /* ms */
-	constexpr int kPatience = 2;  /* looks */
+	constexpr int kPatience = 4;  /* looks */
 	int unserved = 0;
 
 	while (!queue::HasArrived(arrival))
@@ -142,20 +146,28 @@ Await(const queue::Arrival &arrival, int64 until)
 				(void) AskForRetry(*arrival.stream);
 			return false;
 		}
-		(void) queue::AwaitArrival(arrival, (long) Min(left, kLook));
+		if (!queue::AwaitArrival(arrival, (long) Min(left, kLook)))
+			connection::RestCached();
 	}
 	return true;
 }
 
-/* A stream that the transaction itself has made gets its place now that it is committed. */
-static bool
-AwaitWork(Work *work, int64 until)
+/*
+ * Streams that the transaction itself has made get their places now that it is
+ * committed.  A worker that has come before us may have left the flush for later.
+ */
+static void
+TakePlaces(Work *works)
 {
-	int slot = work->made != NULL ? queue::TakeSlot(*work->made) : -1;
+	for (Work *work = works; work != NULL; work = work->next)
+	{
+		int slot = work->awaited && work->made != NULL ? queue::TakeSlot(*work->made) : -1;
 
-	if (slot >= 0)
+		if (slot < 0)
+			continue;
 		WantAt(work, slot);
-	return work->arrival.stream != NULL && Await(work->arrival, until);
+		shmem::WakeWorker(shmem::Get().streams[slot]);
+	}
 }
 
 /* ---- the warning ---- */
@@ -184,8 +196,11 @@ WhyAway(const Work *work)
 	if (queue::IsDiscarded(arrival))
 		return errdetail("It is committed here. resync() has taken it out of the queue, and copies "
 						 "the tables instead.");
-	return errdetail("It is committed here, and queued; the stream is \"%s\".",
-					 stats::StateName(LookAt(*arrival.stream).state));
+	Sight sight = LookAt(*arrival.stream);
+
+	return sight.unserved ? errdetail("It is committed here, and queued; the stream has no worker.")
+						  : errdetail("It is committed here, and queued; the stream is \"%s\".",
+									  stats::StateName(sight.state));
 }
 
 static int
@@ -198,16 +213,39 @@ CodeOf(const Work *work)
 	return QueryCancelPending ? ERRCODE_QUERY_CANCELED : ERRCODE_MMREPL_SYNC_TIMEOUT;
 }
 
+/*
+ * Report at that level, where nothing may raise.  What cannot be converted to the
+ * client's encoding is an error, which also forgets that interrupts are held off.  Then
+ * the log is told.
+ */
+template <typename Report>
+static void
+Tell(int level, Report report)
+{
+	uint32 interrupts = InterruptHoldoffCount;
+	uint32 cancels = QueryCancelHoldoffCount;
+	ErrorData *error = Caught([&] { report(level); });
+
+	if (error == NULL)
+		return;
+	InterruptHoldoffCount = interrupts;
+	QueryCancelHoldoffCount = cancels;
+	FreeErrorData(error);
+	report(LOG_SERVER_ONLY);
+}
+
 /* To the client alone, if there is one: there may be many of these, and the log has the cause. */
 static void
 TellAway(const Work *work)
 {
-	ereport(whereToSendOutput == DestRemote ? WARNING_CLIENT_ONLY : WARNING,
-			(errcode(CodeOf(work)),
-			 errmsg("the transaction is not known to be %s at server \"%s\"",
-					guc::async_commit == guc::AsyncCommit::Flushed ? "flushed" : "applied",
-					work->route.server_name),
-			 WhyAway(work), errhint("See mmrepl.pg_stat_mmrepl for the reason.")));
+	Tell(whereToSendOutput == DestRemote ? WARNING_CLIENT_ONLY : WARNING, [&](int level) {
+		ereport(level,
+				(errcode(CodeOf(work)),
+				 errmsg("the transaction is not known to be %s at server \"%s\"",
+						guc::async_commit == guc::AsyncCommit::Flushed ? "flushed" : "applied",
+						work->route.server_name),
+				 WhyAway(work), errhint("See mmrepl.pg_stat_mmrepl for the reason.")));
+	});
 }
 
 /*
@@ -224,11 +262,14 @@ TellCancelled(Work *works)
 		if (work->inlined == NULL || !work->inlined->cancelled)
 			continue;
 		cancelled = true;
-		ereport(WARNING,
-				(errcode(ERRCODE_QUERY_CANCELED),
-				 errmsg("the commit at server \"%s\" was not waited for", work->route.server_name),
-				 errdetail("The transaction is committed here; the worker completes it there."),
-				 errhint("See mmrepl.in_doubt.")));
+		Tell(WARNING, [&](int level) {
+			ereport(level,
+					(errcode(ERRCODE_QUERY_CANCELED),
+					 errmsg("the commit at server \"%s\" was not waited for",
+							work->route.server_name),
+					 errdetail("The transaction is committed here; the worker completes it there."),
+					 errhint("See mmrepl.in_doubt.")));
+		});
 	}
 	return cancelled;
 }
@@ -240,9 +281,10 @@ AwaitQueued(Work *works)
 	int64 until = works == NULL ? 0 : connection::QuietDeadline(guc::sync_timeout);
 	bool cancelled = false;
 
+	TakePlaces(works);
 	for (Work *work = works; work != NULL; work = work->next)
 	{
-		if (!work->awaited || AwaitWork(work, until))
+		if (!work->awaited || (work->arrival.stream != NULL && Await(work->arrival, until)))
 			continue;
 		cancelled |= Cancelled();
 		TellAway(work);

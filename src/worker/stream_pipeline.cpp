@@ -140,7 +140,7 @@ Breather(const Session *session)
 static void
 Gather(const Session *session)
 {
-	long left = MayStart(session) ? (Breather(session) + 500) / 1000 : 0; /* ms */
+	long left = MayStart(session) ? (Breather(session) + 999) / 1000 : 0; /* ms */
 
 	if (left == 0)
 		return;
