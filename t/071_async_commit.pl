@@ -550,6 +550,8 @@ section 'what cannot be said' => sub {
 	my (undef, $err) = $session->run('INSERT INTO odd VALUES (1)');
 	is($err, '', 'the client is not told');
 	is($session->ok('SELECT count(*) FROM odd'), '1', '... and goes on');
+	(undef, $err) = $session->run(q{SET statement_timeout = '100ms'; SELECT pg_sleep(1000)});
+	like($err, qr/57014/, '... and can be cancelled');
 	ok($alpha->log_contains(qr/LOG:  the transaction is not known to be applied at server "$name"/), '... the log is');
 	$session->quit;
 	$alpha->safe_psql('wide', qq{DROP SERVER "$name" CASCADE; DROP EXTENSION mmrepl_bgw});
