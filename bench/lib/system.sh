@@ -36,6 +36,22 @@ load_system()
 	source "$bench/systems/$1.sh"
 }
 
+# systems_that_wait OURS NAME...: for workloads whose transactions wait for the other server; of the names, mmrepl stands for
+# those of OURS, a list in one word, and native for both of native replication's.
+systems_that_wait()
+{
+	local ours=$1 name
+	shift
+	for name in "$@"; do
+		case $name in
+			none | none-again) echo "$name" ;;
+			mmrepl) tr -s ' \t' '\n' <<<"$ours" ;;
+			native) printf '%s\n' native-sync native-sync-flush ;;
+			*-sync | *-sync-* | *-async-*) echo "$name" ;;
+		esac
+	done
+}
+
 # load_workload NAME: a file in workloads/ defines workload_title, workload_run and, where the defaults do not hold, the layout
 # and which systems can do it: workload_systems prints those that are to be measured for the ones in its arguments.
 load_workload()

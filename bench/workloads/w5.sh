@@ -9,15 +9,8 @@ workload_title()
 
 workload_systems()
 {
-	local name
-	for name in "$@"; do
-		case $name in
-			none | none-again) echo "$name" ;;
-			mmrepl) printf '%s\n' mmrepl-sync mmrepl-sync-commit mmrepl-sync-applied mmrepl-sync-applied-commit mmrepl-async-applied mmrepl-async-flushed ;;
-			native) printf '%s\n' native-sync native-sync-flush ;;
-			*-sync | *-sync-* | *-async-*) echo "$name" ;;
-		esac
-	done
+	systems_that_wait "mmrepl-sync mmrepl-sync-commit mmrepl-sync-applied mmrepl-sync-applied-commit \
+		mmrepl-async-applied mmrepl-async-flushed" "$@"
 }
 
 workload_run()
