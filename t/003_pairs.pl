@@ -81,7 +81,7 @@ section 'names, arguments and columns are those of the contract' => sub {
 			  FROM unnest(string_to_array(
 				'max_servers ring_size batch_size batch_transactions retry_min_delay'
 				|| ' retry_max_delay connect_timeout sync_timeout sync_lock_timeout'
-				|| ' sync_flush sync_commit async_commit two_phase mode max_queue_size log_conflicts capture',
+				|| ' sync_flush sync_commit async_commit early_apply two_phase mode max_queue_size log_conflicts capture',
 				' ')) wanted(name)
 			  WHERE NOT EXISTS (SELECT FROM pg_settings s
 								WHERE s.name = 'mmrepl.' || wanted.name)}

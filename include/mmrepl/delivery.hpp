@@ -75,6 +75,9 @@ bool Send(PGconn *conn, const Batch *batch);
 /* Queue the BEGIN of a transaction that batches are to be parts of. */
 bool SendBegin(PGconn *conn);
 
+/* Queue, in a pipeline, what rolls back all that stands behind the last sync message; false as Send(). */
+bool SendRollback(PGconn *conn);
+
 /* The watermark that apply() returned. */
 uint64 ReadWatermark(const PGresult *res);
 

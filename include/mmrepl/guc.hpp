@@ -78,7 +78,8 @@ extern Flush sync_flush;
 extern SyncCommit sync_commit;
 extern AsyncCommit async_commit;
 extern Mode mode;
-extern bool capture; /* off: triggers capture nothing (superuser) */
+extern bool capture;	 /* off: triggers capture nothing (superuser) */
+extern bool early_apply; /* what commits alone is executed at the peer meanwhile */
 extern bool log_conflicts;
 
 /* Define the settings; called from _PG_init. */

@@ -44,6 +44,14 @@ struct Place
 	uint64 bytes; /* of all segments */
 };
 
+/* What the COMMIT is going to wait for at the peer. */
+enum class Awaits : uint32
+{
+	Nothing,
+	Applied,
+	Flushed
+};
+
 /* One stream's part of a committing transaction, as the queue sees it. */
 struct Outgoing
 {
@@ -56,7 +64,8 @@ struct Outgoing
 	uint64 entry;			/* ring position of the entry + 1; 0: not in the ring */
 	uint64 counted_bytes;
 	bool copy;		/* resync()'s copy of the tables */
-	bool awaited;	/* its COMMIT waits until the peer has it */
+	Awaits awaits;	/* what COMMIT is to wait for, as known before the ticket is drawn */
+	bool awaited;	/* it is committed, and COMMIT waits until the peer has it */
 	bool delivered; /* settled as being at the peer, flushed or not */
 };
 
@@ -82,6 +91,13 @@ uint64 DrawTicket(Outgoing **parts, int n_parts, bool use_ring);
 
 /* Insert the head row, then copy the payload into the reserved ring entry. */
 void WriteHead(Outgoing *out, uint64 ticket);
+
+/*
+ * The only part's entry is filled, and its transaction will commit unless something fails
+ * that is not ours: the worker, if it wants to, begins with it.  The transaction must not
+ * wait for any peer from now on.
+ */
+void Announce(const Outgoing &out);
 
 enum class Fate
 {
@@ -255,12 +271,13 @@ struct RingEntry
 	uint16 flags;
 	uint16 filler; /* 1: skip to the ring's start */
 	pg_atomic_uint32 state;
-	uint32 pad;
+	Awaits awaits;
 };
 
 enum class EntryState : uint32
 {
 	Pending,
+	Committing, /* still pending, and announced */
 	Committed,
 	Delivered,
 	Applied, /* a crash of the peer may have undone it there */

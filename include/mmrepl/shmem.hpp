@@ -89,6 +89,14 @@ struct Leftover
 	LocalState state;
 };
 
+/* With which transactions a stream's worker could begin before they have committed. */
+enum class Announcements : uint32
+{
+	None,
+	Awaited, /* those whose COMMIT waits for the peer */
+	All
+};
+
 constexpr int kMaxLeftovers = 16; /* that are shown */
 constexpr uint64 kHeedless = PG_UINT64_MAX;
 constexpr uint64 kBreather = PG_UINT64_MAX - 1;
@@ -146,6 +154,7 @@ struct Stream
 	 * kBreather: for what is queued if its COMMIT waits for the peer.
 	 */
 	pg_atomic_uint64 looks_at;
+	pg_atomic_uint32 wants_announcements; /* enum Announcements */
 
 	/* Control, guarded by mutex. */
 	Latch *worker_latch; /* NULL: no worker */

@@ -207,6 +207,17 @@ SendBegin(PGconn *conn)
 	return PQsendQueryParams(conn, kBegin, 0, NULL, NULL, NULL, NULL, 0) == 1;
 }
 
+/*
+ * Queue what rolls back all that stands behind the last sync message: BEGIN makes a
+ * transaction block of it, without a warning.  False as Send().
+ */
+bool
+SendRollback(PGconn *conn)
+{
+	return PQsendQueryParams(conn, "BEGIN", 0, NULL, NULL, NULL, NULL, 0) == 1 &&
+		   PQsendQueryParams(conn, "ROLLBACK", 0, NULL, NULL, NULL, NULL, 0) == 1;
+}
+
 /* The watermark that apply() returned; raises when that is not what the result is. */
 uint64
 ReadWatermark(const PGresult *res)

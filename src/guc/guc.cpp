@@ -33,6 +33,7 @@ SyncCommit sync_commit = SyncCommit::Flushed;
 AsyncCommit async_commit = AsyncCommit::Queued;
 Mode mode = Mode::Pair;
 bool capture = true;
+bool early_apply = true;
 bool log_conflicts = true;
 
 static const struct config_enum_entry mode_options[] = {
@@ -95,6 +96,10 @@ DefineWorkerSettings()
 			  "Microseconds from one batch to the next while many transactions commit.",
 			  "A transaction that comes alone is sent at once.", &batch_delay, 0, 20000, PGC_SIGHUP,
 			  0);
+	DefineCustomBoolVariable(
+		"mmrepl.early_apply", "Execute a transaction at the peer while it commits here.",
+		"The peer commits it when it is committed and flushed here. Only what comes alone.",
+		&early_apply, true, PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineInt("mmrepl.lanes", "Connections over which what waits for a server is delivered.",
 			  "With more than one, the server executes batches side by side and commits them in "
 			  "order. A server's option \"lanes\" has precedence.",

@@ -48,6 +48,7 @@ Reserve(shmem::Stream &stream, Outgoing *out, uint64 ticket, uint64 xid)
 	entry->changes = out->changes;
 	entry->flags = out->flags;
 	entry->filler = 0;
+	entry->awaits = out->awaits;
 	pg_atomic_write_u32(&entry->state, (uint32) EntryState::Pending);
 	pg_write_barrier();
 	pg_atomic_write_u64(&stream.ring_head, head + size);
@@ -65,6 +66,25 @@ FillEntry(const Outgoing *out)
 {
 	if (out->entry != 0)
 		memcpy(EntryOf(out) + 1, out->payload.data, out->payload.len);
+}
+
+/* Who begins to want announcements looks at the ring behind a full barrier, we at him behind another. */
+void
+Announce(const Outgoing &out)
+{
+	if (out.entry == 0)
+		return;
+	shmem::Stream &stream = shmem::Get().streams[out.slot];
+
+	pg_write_barrier();
+	pg_atomic_write_u32(&EntryOf(&out)->state, (uint32) EntryState::Committing);
+	pg_memory_barrier();
+	shmem::Announcements wanted =
+		(shmem::Announcements) pg_atomic_read_u32(&stream.wants_announcements);
+
+	if (wanted == shmem::Announcements::All ||
+		(wanted == shmem::Announcements::Awaited && out.awaits != Awaits::Nothing))
+		shmem::WakeWorker(stream);
 }
 
 /* ---- ring, consumer's side ---- */

@@ -193,7 +193,7 @@ Settle(Outgoing *out, uint64 ticket, Fate fate)
 {
 	EntryState state = StateFor(fate);
 
-	if (state != EntryState::Aborted)
+	if (state != EntryState::Aborted) /* before the entry says so: who sees that flushes to here */
 		AtomicMax(&shmem::Get().commit_lsn, XactLastCommitEnd);
 	if (out->slot < 0)
 		return;

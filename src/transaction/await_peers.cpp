@@ -39,7 +39,12 @@ PrepareToAwait(Work *work)
 {
 	catalog::StreamRow row = {};
 
-	if (!Waits() || work->sync || queue::SlotOf(work->route.stream) >= 0 ||
+	if (!Waits())
+		return;
+	if (IsAwaited(work))
+		work->out.awaits = guc::async_commit == guc::AsyncCommit::Flushed ? queue::Awaits::Flushed
+																		  : queue::Awaits::Applied;
+	if (work->sync || queue::SlotOf(work->route.stream) >= 0 ||
 		!catalog::ReadStreamRow(work->route.stream, &row))
 		return;
 	if (!catalog::MadeHere(row.id))

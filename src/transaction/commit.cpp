@@ -7,7 +7,7 @@
  *				   everything the peers may refuse is refused (they wait for COMMIT);
  *				2. chunk rows, if any, are completed;
  *				3. the ticket is drawn, published as in flight, ring entries reserved;
- *				4. head rows are written, ring entries filled.
+ *				4. head rows are written, ring entries filled, and announced.
  *	 COMMIT		5. the peers of sync work commit (bounded; a doubt is the worker's);
  *				6. entries are settled, the ticket is no longer in flight, workers wake.
  *	 ABORT		peers roll back, entries and ticket are settled as aborted.
@@ -146,6 +146,20 @@ RequireForeignGid()
 						errdetail("The transaction changed replicated tables.")));
 }
 
+/*
+ * Whether the peer may execute it before it is committed here: it is all that the
+ * transaction does to any peer, nothing that is left waits for one, it hardly can
+ * fail, and asks there for locks of rows only.
+ */
+static bool
+MayRunEarly(bool prepare)
+{
+	return !prepare && current.n_parts == 1 && current.works->next == NULL &&
+		   current.works->inlined == NULL && current.resyncs == NULL && !current.works->out.copy &&
+		   current.works->out.flags == queue::kHead && !IsolationIsSerializable() &&
+		   !HasTruncated();
+}
+
 static void
 BeforeCommit(bool prepare)
 {
@@ -169,6 +183,11 @@ BeforeCommit(bool prepare)
 	MMREPL_FAULT_POINT("commit-heads-written");
 	if (prepare)
 		MMREPL_FAULT_POINT("prepare-heads-written");
+	if (MayRunEarly(prepare))
+	{
+		queue::Announce(current.works->out);
+		MMREPL_FAULT_POINT("commit-announced");
+	}
 }
 
 /* ---- after the end; nothing here may raise ---- */

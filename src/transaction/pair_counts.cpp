@@ -110,6 +110,15 @@ UndoPairCounts(int level)
 		pfree(count);
 }
 
+bool
+HasTruncated()
+{
+	for (const PairCount *count = current.counts; count != NULL; count = count->next)
+		if (count->truncates > 0)
+			return true;
+	return false;
+}
+
 void
 AddPairCounts()
 {

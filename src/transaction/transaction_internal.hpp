@@ -142,6 +142,9 @@ void UndoPairCounts(int level);
 /* After the end of a transaction that was committed or prepared.  Raises nothing. */
 void AddPairCounts();
 
+/* Whether a TRUNCATE was captured, and not undone by a savepoint. */
+bool HasTruncated();
+
 /* At PRE_COMMIT: what shared memory will be told.  Raises when prepared. */
 void ReadResyncs(bool prepare);
 

@@ -72,8 +72,7 @@ TransactionFlags(uint16 queue_flags)
 	return flags;
 }
 
-/* Account for a transaction that goes into the shipment. */
-static void
+void
 Count(Feed *feed, Shipment *shipment, uint64 ticket, uint16 flags, uint32 changes, uint64 bytes)
 {
 	if (shipment->transactions++ == 0)
@@ -192,22 +191,26 @@ Full(const Shipment *shipment, const Budget &budget)
 
 /* ---- from the ring ---- */
 
-/*
- * Whether the ring may lack something behind the position: what found no room in
- * it, or what was taken out and, after a failure, has to be read again.
- */
-static bool
+bool
 GapAhead(const Feed *feed)
 {
 	return Max(pg_atomic_read_u64(&feed->shared->ring_gap),
 			   pg_atomic_read_u64(&feed->shared->ring_taken)) > feed->position;
 }
 
+void
+AddEntry(Shipment *shipment, const queue::RingEntry *entry)
+{
+	delivery::AddTransaction(&shipment->batch, entry->ticket, entry->xid,
+							 TransactionFlags(entry->flags), entry->changes);
+	queue::WalkPayload(queue::EntryPayload(entry), entry->payload_length, AddSegment,
+					   &shipment->batch);
+}
+
 /* Put one committed entry into the shipment; false: it has to wait for the next. */
 static bool
 TakeEntry(Feed *feed, Shipment *shipment, const queue::RingEntry *entry, const Budget &budget)
 {
-	const char *payload = queue::EntryPayload(entry);
 	uint64 bytes = entry->payload_length;
 
 	if (entry->flags & queue::kTombstone)
@@ -218,7 +221,7 @@ TakeEntry(Feed *feed, Shipment *shipment, const queue::RingEntry *entry, const B
 	}
 	if (entry->flags & queue::kChunked)
 	{
-		queue::Place place = queue::ReadPlace(payload, entry->payload_length);
+		queue::Place place = queue::ReadPlace(queue::EntryPayload(entry), entry->payload_length);
 		Waiting waiting = {entry->ticket, entry->xid, entry->flags, entry->changes};
 
 		if (!TakeChunked(feed, shipment, place, waiting, budget))
@@ -226,11 +229,7 @@ TakeEntry(Feed *feed, Shipment *shipment, const queue::RingEntry *entry, const B
 		bytes = place.bytes;
 	}
 	else
-	{
-		delivery::AddTransaction(&shipment->batch, entry->ticket, entry->xid,
-								 TransactionFlags(entry->flags), entry->changes);
-		queue::WalkPayload(payload, entry->payload_length, AddSegment, &shipment->batch);
-	}
+		AddEntry(shipment, entry);
 	Count(feed, shipment, entry->ticket, entry->flags, entry->changes, bytes);
 	return true;
 }
@@ -274,7 +273,7 @@ FillFromRing(Feed *feed, Shipment *shipment, const Budget &budget)
 
 		if (entry->ticket > feed->position)
 		{
-			if (state == queue::EntryState::Pending)
+			if (state == queue::EntryState::Pending || state == queue::EntryState::Committing)
 				return;
 			if (MustDeliver(feed, entry, state))
 			{
@@ -459,7 +458,7 @@ Rewind(Feed *feed, Shipment *shipment)
 	feed->from_tables = true;
 }
 
-static bool
+bool
 PausedNow(const Feed *feed)
 {
 	pg_read_barrier();

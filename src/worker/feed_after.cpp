@@ -83,7 +83,7 @@ NotePassedUnsealed(Feed *feed, uint64 ticket)
 void
 Relax(Feed *feed, Shipment *shipment, bool full)
 {
-	bool hurry = queue::SomebodyWaits(*feed->shared);
+	bool hurry = shipment->hurry || queue::SomebodyWaits(*feed->shared);
 
 	if (!feed->relaxed_there || shipment->large || shipment->late != NIL ||
 		shipment->transactions == 0 || (hurry && !full) ||

@@ -18,6 +18,19 @@ void BeginBatch(Feed *feed, Shipment *shipment, uint8 flags);
 /* Finish an ordinary batch; its watermark is the feed's position. */
 void CloseBatch(Feed *feed, Shipment *shipment);
 
+/* Add a transaction that stands in the ring as a whole to the batch. */
+void AddEntry(Shipment *shipment, const queue::RingEntry *entry);
+
+/* Account for a transaction that goes into the shipment. */
+void Count(Feed *feed, Shipment *shipment, uint64 ticket, uint16 flags, uint32 changes,
+		   uint64 bytes);
+
+/*
+ * Whether the ring may lack something behind the position: what found no room in
+ * it, or what was taken out and, after a failure, has to be read again.
+ */
+bool GapAhead(const Feed *feed);
+
 /* Forget what was read of the tables / where the rest stands. */
 void DropRefs(Feed *feed);
 void DropSurvey(Feed *feed);

@@ -226,7 +226,8 @@ ChooseLane(Session *session, const Budget &budget)
 	int lanes = UsableLanes(session);
 
 	session->lanes.draining = session->feed.from_tables || IsFull(shipment, budget);
-	shipment->turn = LanesSet(session) > 1 && !shipment->large && shipment->transactions > 0;
+	shipment->turn = LanesSet(session) > 1 && !shipment->large && shipment->transactions > 0 &&
+					 shipment->held == NULL;
 	if (lanes > 1 && MayGoAhead(session))
 	{
 		int lane = (shipment[-1].lane + 1) % lanes;

@@ -2,8 +2,8 @@
  * stream_pipeline.cpp
  *		Batches out, results in: several remote transactions on their way.
  *
- * Each batch is followed by a Sync, so it is a transaction of its own at the
- * peer.  The parts of a large transaction stand between two Syncs.  When a batch
+ * Each batch is followed by a Sync, at once or later (stream_early.cpp), so it is a
+ * transaction of its own at the peer.  The parts of a large transaction stand between two Syncs.  When a batch
  * fails, the one behind it is refused by apply()'s fence (its `previous` is not
  * reached), and the connection is given up: what was not applied is read again.
  * Where there are several connections (stream_lanes.cpp) answers are taken from
@@ -23,16 +23,17 @@ namespace mmrepl::worker
  * With synchronous_commit = off a transaction is visible before its commit
  * record is flushed.  The peer must not have what a crash here would lose.
  */
-static void
+void
 FlushCommits()
 {
 	XLogRecPtr lsn = pg_atomic_read_u64(&shmem::Get().commit_lsn);
 
+	MMREPL_FAULT_POINT("worker-before-flush");
 	if (lsn != 0)
 		XLogFlush(lsn);
 }
 
-static void
+void
 Broken(Session *session, PGconn *conn)
 {
 	connection::Failure failure = {};
@@ -49,7 +50,8 @@ SendBatch(Session *session, Shipment *shipment)
 
 	MMREPL_FAULT_POINT("worker-batch-built");
 	bool sent = delivery::Send(conn, &shipment->batch) &&
-				(shipment->all_sent ? PQpipelineSync(conn) : PQsendFlushRequest(conn));
+				(shipment->all_sent && shipment->held == NULL ? PQpipelineSync(conn)
+															  : PQsendFlushRequest(conn));
 
 	shipment->sent = true;
 	shipment->results_due++;
@@ -87,14 +89,15 @@ MayStart(const Session *session)
 {
 	int outstanding = session->outstanding;
 
-	if (outstanding >= Room(session) || session->lost > 0)
+	if (outstanding >= Room(session) || session->lost > 0 || IsHeld(session))
 		return false;
 	if (outstanding > 0)
 	{
 		const Shipment &last = session->shipments[outstanding - 1];
 
 		/* Late transactions alone move no watermark: what is behind them would not miss them. */
-		if (!last.sent || !last.all_sent || (last.late != NIL && last.confirm_to == last.previous))
+		if (!last.sent || !last.all_sent || last.undone ||
+			(last.late != NIL && last.confirm_to == last.previous))
 			return false;
 	}
 	return session->shared->handover_requests == 0 && !session->shared->paused;
@@ -111,6 +114,23 @@ NoteStart(Pace *pace, int64 transactions)
 	pace->started[pace->last] = GetCurrentTimestamp();
 }
 
+bool
+IsFrequent(const Session *session)
+{
+	return session->pace.sum >= 2 * kPaced;
+}
+
+bool
+IsLeisurely(const Session *session)
+{
+	const Pace &pace = session->pace;
+	TimestampTz first = pace.started[(pace.last + 1) % kPaced];
+	TimestampTz now = GetCurrentTimestamp();
+
+	/* Later than that it is only when the clock was set back. */
+	return now >= first + kPaced * INT64CONST(1000) || now < first;
+}
+
 /*
  * Microseconds to wait before the next batch, so that more transactions share
  * its costs at both ends: while the last batches came close upon each other,
@@ -123,7 +143,7 @@ Breather(const Session *session)
 	TimestampTz now = GetCurrentTimestamp();
 	TimestampTz window = (TimestampTz) kPaced * guc::batch_delay;
 
-	if (pace.sum < 2 * kPaced || now - pace.started[(pace.last + 1) % kPaced] > window)
+	if (!IsFrequent(session) || now - pace.started[(pace.last + 1) % kPaced] > window)
 		return 0;
 	if (session->lanes.draining && UsableLanes(session) > 1)
 		return 0;
@@ -175,8 +195,8 @@ SendFilled(Session *session)
 			continue;
 		if (!MayGo(session, i))
 			break;
-		MMREPL_FAULT_POINT("worker-before-flush");
-		FlushCommits();
+		if (shipment->held == NULL)
+			FlushCommits();
 		if (!SendBatch(session, shipment))
 			return false;
 		/* Two parts of a large transaction are on their way, too. */
@@ -207,6 +227,18 @@ FillShipment(Session *session, Shipment *shipment, const Budget &budget)
 								: SweepShipment(feed, shipment) || SealInPause(feed, shipment);
 }
 
+bool
+Launch(Session *session)
+{
+	const Shipment &shipment = session->shipments[session->outstanding];
+
+	session->feed.unsealed.sealing |= !shipment.relaxed;
+	session->outstanding++;
+	NoteStart(&session->pace, shipment.transactions);
+	ChooseLane(session, BudgetOf(session));
+	return SendFilled(session);
+}
+
 /* Fill and send one more batch; false when there is nothing to send. */
 static bool
 StartOne(Session *session)
@@ -221,15 +253,11 @@ StartOne(Session *session)
 		session->lanes.draining = false;
 		return false;
 	}
-	session->feed.unsealed.sealing |= !shipment->relaxed;
-	session->outstanding++;
-	NoteStart(&session->pace, shipment->transactions);
-	ChooseLane(session, budget);
-	return SendFilled(session);
+	return Launch(session);
 }
 
 /* What libpq still has goes to the kernel, as far as that takes it. */
-static void
+void
 Flush(Session *session)
 {
 	for (int i = 0; i < guc::kMaxLanes && session->conn != NULL; i++)
@@ -252,8 +280,12 @@ Send(Session *session)
 	if (session->conn == NULL)
 		return;
 	if (session->outstanding == 0 && !session->shared->paused)
+	{
 		ConfirmPassed(&session->feed);
-	Flush(session);
+		StartEarly(session);
+	}
+	if (session->conn != NULL)
+		Flush(session);
 }
 
 bool
@@ -307,6 +339,8 @@ TakeResult(Session *session, Shipment *shipment, const PGresult *res)
 {
 	shipment->results_due--;
 	MMREPL_FAULT_POINT("worker-answer");
+	if (shipment->undone)
+		return;
 	if (!shipment->all_sent)
 	{
 		MMREPL_FAULT_POINT("worker-part-answer");
@@ -336,12 +370,15 @@ static void
 TakeFailure(Session *session, Shipment *shipment, const PGresult *res)
 {
 	connection::Failure failure = {};
+	bool early = shipment->held != NULL || shipment->undone;
 
 	connection::Describe(AwaitedConn(session), res, &failure);
-	if (IsLostAhead(session, res, failure.sqlstate))
+	if (early && !connection::WasLost(AwaitedConn(session), res))
+		UndoEarly(session, failure.message);
+	else if (IsLostAhead(session, res, failure.sqlstate))
 		shipment->failed = true;
 	else
-		Fail(session, &failure, true);
+		Fail(session, &failure, !early);
 }
 
 /* It has failed, and so do all that were sent behind it; when all have, they are sent again. */
@@ -380,7 +417,9 @@ Dispatch(Session *session, const PGresult *res)
 			TakeResult(session, shipment, res);
 			break;
 		case PGRES_PIPELINE_SYNC:
-			if (shipment->failed)
+			if (shipment->undone)
+				PopOldest(session);
+			else if (shipment->failed)
 				TakeLoss(session);
 			else
 				TakeSync(session);

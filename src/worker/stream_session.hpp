@@ -89,7 +89,10 @@ struct Session
 	int outstanding;
 	int lost; /* of these, at the front: executed ahead in vain, all answers are here */
 	Pace pace;
-	int64 group_limit; /* transactions in a batch; lowered to find a refused one */
+	TimestampTz held_since;	 /* when the batch that is held was sent */
+	uint64 not_early;		 /* ticket that was executed early in vain; 0: none */
+	TimestampTz early_again; /* nothing is executed early before that; 0: it may be now */
+	int64 group_limit;		 /* transactions in a batch; lowered to find a refused one */
 
 	int failures;
 	TimestampTz retry_at; /* 0: now */
@@ -174,8 +177,36 @@ void SendAgain(Session *session);
 void NoteLaneSuccess(Session *session, const Shipment *shipment);
 void NoteLaneFailure(Session *session);
 
+/* stream_early.cpp: what is executed at the peer while it commits here */
+
+/* The batch on its way whose transaction has not ended here; it is the only one. */
+inline bool
+IsHeld(const Session *session)
+{
+	return session->outstanding > 0 && session->shipments[0].held != NULL;
+}
+
+/* Tell committing sessions whether we want to hear of them before they have committed. */
+void AskForAnnouncements(Session *session);
+/* With nothing on its way: begin with the transaction that commits now, if there is one. */
+void StartEarly(Session *session);
+/* If the held one has ended here, it ends at the peer; false when the connection is lost. */
+bool EndEarly(Session *session);
+/* What is held, if anything is, is rolled back at the peer, for that reason. */
+void UndoEarly(Session *session, const char *reason);
+TimestampTz HoldEnds(const Session *session); /* 0: nothing is held */
+
 /* pipeline.cpp: batches out, results in */
 bool Receive(Session *session);
+/* Send the shipment that was filled last; false when the connection is lost. */
+bool Launch(Session *session);
+/* Flush the commit records of all that was captured and is committed. */
+void FlushCommits();
+void Broken(Session *session, PGconn *conn); /* the connection is lost */
+void Flush(Session *session);				 /* what libpq still has goes out */
+bool IsFrequent(const Session *session);	 /* whether batches are of more than one transaction */
+/* Whether the last ones began, on the average, a millisecond and more after each other. */
+bool IsLeisurely(const Session *session);
 void Send(Session *session);
 /* With nothing on its way: what is unsealed is sealed now; false when there is nothing to await. */
 bool Seal(Session *session);

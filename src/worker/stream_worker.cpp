@@ -53,6 +53,7 @@ TakeSlot(shmem::Stream &stream, int other)
 	if (mine)
 	{
 		pg_atomic_write_u64(&stream.looks_at, 0);
+		pg_atomic_write_u32(&stream.wants_announcements, 0);
 		stream.worker_latch = MyLatch;
 		stream.worker_pid = MyProcPid;
 	}
@@ -183,7 +184,7 @@ LooksAt(const Session *session, TimestampTz now)
 	const Feed &feed = session->feed;
 	TimestampTz look = feed.passed_at + kLookEvery;
 
-	if (session->conn == NULL ? BackingOff(session) : !MayStart(session))
+	if (session->conn == NULL ? BackingOff(session) : !MayStart(session) && !IsHeld(session))
 		return shmem::kHeedless;
 	/* Later than that it is only when the clock was set back. */
 	if (look <= now || look > now + kLookEvery || session->conn == NULL ||
@@ -200,6 +201,8 @@ Timeout(const Session *session)
 	TimestampTz now = GetCurrentTimestamp();
 	TimestampTz due = 0;
 
+	if (IsHeld(session)) /* everything else waits */
+		return Max(TimestampDifferenceMilliseconds(now, HoldEnds(session)), 1L);
 	if (GivenUp(session))
 		due = session->attended ? 0 : session->retry_at;
 	else if (session->conn == NULL && !session->shared->paused)
@@ -233,6 +236,7 @@ Wait(Session *session)
 	long timeout = Timeout(session);
 
 	pg_atomic_write_u64(&session->shared->looks_at, LooksAt(session, GetCurrentTimestamp()));
+	AskForAnnouncements(session);
 	if (session->events == NULL)
 	{
 		(void) WaitLatch(MyLatch,
@@ -292,6 +296,17 @@ NoteIdle(Session *session)
 	}
 }
 
+/* What is held comes before all else; false: it goes on being held, or the connection is lost. */
+static bool
+AttendEarly(Session *session)
+{
+	if (GivenUp(session))
+		DropPeer(session);
+	else if (!Receive(session) || !EndEarly(session))
+		return false;
+	return !IsHeld(session);
+}
+
 /* One round: everything that can be done without waiting. */
 static void
 Round(Session *session)
@@ -300,6 +315,8 @@ Round(Session *session)
 		proc_exit(0);
 	if (TakeRetryNow(session))
 		session->retry_at = 0;
+	if (IsHeld(session) && !AttendEarly(session))
+		return;
 	if (session->attended || !BackingOff(session))
 		Attend(session);
 	if (GivenUp(session))
@@ -340,7 +357,8 @@ Serve(Session *session, MemoryContext round)
 	for (;;)
 	{
 		Round(session);
-		Upkeep(session);
+		if (!IsHeld(session)) /* its locks at the peer wait for nothing else */
+			Upkeep(session);
 		queue::ForgetWarning(*session->shared);
 		Wait(session);
 		MemoryContextReset(round);

@@ -98,12 +98,16 @@ struct Shipment
 	uint8 large_flags;
 	uint64 large_changes;
 	uint32 part;
-	int lane;		 /* the connection that it goes over */
-	bool turn;		 /* another one may be executed ahead of its commit */
-	bool ahead;		 /* it is executed ahead of the one before it */
+	int lane;	/* the connection that it goes over */
+	bool turn;	/* another one may be executed ahead of its commit */
+	bool ahead; /* it is executed ahead of the one before it */
+	/* Not NULL: of a transaction that has not ended here; the sync message is not sent. */
+	const queue::RingEntry *held;
+	bool undone;	 /* it was held, and is rolled back there */
+	bool hurry;		 /* the peer's flush will be waited for */
 	bool sent;		 /* at least its first part */
 	bool failed;	 /* executed ahead in vain: it is sent again */
-	bool all_sent;	 /* every part and the sync message */
+	bool all_sent;	 /* every part and, unless it is held, the sync message */
 	int results_due; /* apply() results not yet received */
 };
 
@@ -134,6 +138,14 @@ void ResetFeed(Feed *feed, const delivery::Peer &peer);
  */
 bool NextShipment(Feed *feed, Shipment *shipment, const Budget &budget);
 
+/*
+ * The same with the transaction that commits just now, if it is the next one: it is held.
+ * Nothing else may be filled until it has been kept (it is committed here) or taken back.
+ */
+bool EarlyShipment(Feed *feed, Shipment *shipment);
+void KeepEarly(Feed *feed, Shipment *shipment);
+void TakeBackEarly(Feed *feed, Shipment *shipment);
+
 /* The next part of a large transaction is put into shipment->batch. */
 void NextPart(Feed *feed, Shipment *shipment, int64 bytes);
 
@@ -152,6 +164,9 @@ bool SweepShipment(Feed *feed, Shipment *shipment);
  * ago, or somebody waits and this is, not being full, perhaps the last one.
  */
 void Relax(Feed *feed, Shipment *shipment, bool full);
+
+/* Whether somebody has called for a pause; ordered after the reads before it. */
+bool PausedNow(const Feed *feed);
 
 /* When a seal is due though nobody waits for it; 0: never. */
 TimestampTz SealDueAt(const Feed *feed);

@@ -2,7 +2,7 @@
 # load goes on, the servers come back, and nothing is lost, doubled or left
 # behind.  The points are asked from the library: a new one is in this test.
 # Those of a queue that is given up, and of resync(), have another load and other
-# things to hold: t/fault/311_give_up.pl.
+# things to hold: t/fault/311_give_up.pl; so have those of what is executed early: t/fault/315_early.pl.
 #
 # `make check` takes some, with actions and nodes that a seed chooses;
 # MMREPL_LONG takes all of them.  MMREPL_SEED makes other choices,
@@ -25,7 +25,8 @@ seed($ENV{MMREPL_LONG} ? 'random' : 2013);
 
 my $load = CrashLoad->new;
 my @nodes = $load->nodes;
-my @points = grep { $_->{name} !~ $FaultPoints::give_up } fault_points($nodes[0]);
+my @points =
+  grep { $_->{name} !~ $FaultPoints::give_up && $_->{name} !~ $FaultPoints::early } fault_points($nodes[0]);
 
 # ---- the cases ----
 

@@ -20,8 +20,10 @@ our @EXPORT = qw(fault_points point_hits arm_fault disarm_faults fired firing aw
   release_fault forget_fault shut_down bring_back comes_back is_down until_true query);
 
 # Names of the points on the way by which a queue is given up, and of resync(): they
-# are the business of t/fault/311_give_up.pl, all others that of 305_every_point.pl.
+# are the business of t/fault/311_give_up.pl, those of what is executed
+# early, which a load comes by only now and then, that of 315_early.pl, all others that of 305_every_point.pl.
 our $give_up = qr/^(?:give-up|resync)-/;
+our $early = qr/^worker-early-/;
 
 # Poll code until it returns true, and return that; false when it takes too long.
 sub until_true
