@@ -182,6 +182,7 @@ section 'applied, flushed' => sub {
 
 	# Each batch is full, and its flush is left for later although somebody waits for it.
 	here('ALTER SYSTEM SET mmrepl.batch_transactions = 1');
+	here('ALTER SYSTEM SET mmrepl.early_apply = off');    # which is never full
 	$alpha->reload;
 	$alpha->poll_ok(q{SELECT current_setting('mmrepl.batch_transactions') = '1'}, 'small batches');
 	here(q{SELECT mmrepl.pause('beta')});
@@ -207,6 +208,7 @@ section 'applied, flushed' => sub {
 			is(seen('SELECT n FROM item WHERE id = 5'), '3', '... it is seen there');
 		});
 	here('ALTER SYSTEM RESET mmrepl.batch_transactions');
+	here('ALTER SYSTEM RESET mmrepl.early_apply');
 	$alpha->reload;
 	$_->quit foreach ($applied, $flushed);
 };

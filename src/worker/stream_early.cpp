@@ -7,7 +7,7 @@
  * alone is sent at that moment, without the sync message behind it: the peer
  * executes it, and cannot commit.  When it is committed and flushed here, the sync
  * message follows, and all is as if it had been sent now.  When it has failed here
- * after all, takes long, or the peer says anything against it, it is rolled back
+ * after all, takes long, or the peer refuses it before that, it is rolled back
  * there; if it commits here, it is sent again in the ordinary way.  If the
  * connection is lost meanwhile the peer's session ends, and rolls back.
  *
@@ -27,10 +27,10 @@ constexpr int64 kHoldAtMost = INT64CONST(10) * USECS_PER_SEC; /* a test looks me
 constexpr int64 kNotFor = 0;
 #else
 constexpr int64 kHoldAtMost = INT64CONST(200) * 1000;
-constexpr int64 kNotFor = INT64CONST(60) * USECS_PER_SEC; /* after a commit that took longer */
+constexpr int64 kNotFor = INT64CONST(60) * USECS_PER_SEC; /* after one in vain */
 #endif
 
-/* Commits have taken too long here, so that it would be done twice. */
+/* It was of no use of late, so that everything would be done twice. */
 static bool
 IsSpared(const Session *session)
 {
@@ -52,8 +52,9 @@ Wanted(const Session *session)
 	using shmem::Announcements;
 
 	if (!guc::early_apply || session->conn == NULL || !session->holds_lock ||
-		session->outstanding > 0 || !MayStart(session) || Narrowing(session) ||
-		IsFrequent(session) || IsSpared(session))
+		session->outstanding > 0 || !MayStart(session) || Narrowing(session) || IsSpared(session))
+		return Announcements::None;
+	if (IsFrequent(session))
 		return Announcements::None;
 	return IsLeisurely(session) ? Announcements::All : Announcements::Awaited;
 }
@@ -103,10 +104,19 @@ StartEarly(Session *session)
 	MMREPL_FAULT_POINT("worker-early-sent");
 }
 
-TimestampTz
+static TimestampTz
 HoldEnds(const Session *session)
 {
 	return session->held_since + kHoldAtMost;
+}
+
+long
+HoldTimeout(const Session *session)
+{
+	long left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), HoldEnds(session));
+
+	/* More than that it is only when the clock was set back. */
+	return Max(Min(left, (long) (kHoldAtMost / 1000)), 1L);
 }
 
 /* It is committed here. */
@@ -121,7 +131,7 @@ Keep(Session *session)
 		Broken(session, session->conn);
 }
 
-void
+static void
 UndoEarly(Session *session, const char *reason)
 {
 	Shipment *shipment = &session->shipments[0];
@@ -138,6 +148,13 @@ UndoEarly(Session *session, const char *reason)
 		Broken(session, session->conn);
 }
 
+void
+RefuseEarly(Session *session, const char *reason)
+{
+	session->early_again = GetCurrentTimestamp() + kNotFor;
+	UndoEarly(session, reason);
+}
+
 /* It goes on being held if it still commits, and there is time left. */
 static void
 UndoIfLate(Session *session)
@@ -147,8 +164,7 @@ UndoIfLate(Session *session)
 	/* Earlier than that it is only when the clock was set back. */
 	if (now < HoldEnds(session) && now >= session->held_since)
 		return;
-	session->early_again = now + kNotFor;
-	UndoEarly(session, "it takes long to commit");
+	RefuseEarly(session, "it takes long to commit");
 }
 
 /*

@@ -114,21 +114,28 @@ NoteStart(Pace *pace, int64 transactions)
 	pace->started[pace->last] = GetCurrentTimestamp();
 }
 
-bool
-IsFrequent(const Session *session)
-{
-	return session->pace.sum >= 2 * kPaced;
-}
-
-bool
-IsLeisurely(const Session *session)
+/* Whether the last batches began so many microseconds and more after each other, on the average. */
+static bool
+Took(const Session *session, int64 each)
 {
 	const Pace &pace = session->pace;
 	TimestampTz first = pace.started[(pace.last + 1) % kPaced];
 	TimestampTz now = GetCurrentTimestamp();
 
 	/* Later than that it is only when the clock was set back. */
-	return now >= first + kPaced * INT64CONST(1000) || now < first;
+	return now >= first + kPaced * each || now < first;
+}
+
+bool
+IsFrequent(const Session *session)
+{
+	return session->pace.sum >= 2 * kPaced && !Took(session, INT64CONST(50) * 1000);
+}
+
+bool
+IsLeisurely(const Session *session)
+{
+	return session->pace.sum < 2 * kPaced && Took(session, 1000);
 }
 
 /*
@@ -143,7 +150,7 @@ Breather(const Session *session)
 	TimestampTz now = GetCurrentTimestamp();
 	TimestampTz window = (TimestampTz) kPaced * guc::batch_delay;
 
-	if (!IsFrequent(session) || now - pace.started[(pace.last + 1) % kPaced] > window)
+	if (pace.sum < 2 * kPaced || now - pace.started[(pace.last + 1) % kPaced] > window)
 		return 0;
 	if (session->lanes.draining && UsableLanes(session) > 1)
 		return 0;
@@ -374,7 +381,7 @@ TakeFailure(Session *session, Shipment *shipment, const PGresult *res)
 
 	connection::Describe(AwaitedConn(session), res, &failure);
 	if (early && !connection::WasLost(AwaitedConn(session), res))
-		UndoEarly(session, failure.message);
+		RefuseEarly(session, failure.message);
 	else if (IsLostAhead(session, res, failure.sqlstate))
 		shipment->failed = true;
 	else

@@ -192,9 +192,9 @@ void AskForAnnouncements(Session *session);
 void StartEarly(Session *session);
 /* If the held one has ended here, it ends at the peer; false when the connection is lost. */
 bool EndEarly(Session *session);
-/* What is held, if anything is, is rolled back at the peer, for that reason. */
-void UndoEarly(Session *session, const char *reason);
-TimestampTz HoldEnds(const Session *session); /* 0: nothing is held */
+/* The peer has refused what is held, if anything is: it is rolled back there. */
+void RefuseEarly(Session *session, const char *reason);
+long HoldTimeout(const Session *session); /* ms: while something is held, until it is looked at */
 
 /* pipeline.cpp: batches out, results in */
 bool Receive(Session *session);
@@ -204,8 +204,9 @@ bool Launch(Session *session);
 void FlushCommits();
 void Broken(Session *session, PGconn *conn); /* the connection is lost */
 void Flush(Session *session);				 /* what libpq still has goes out */
-bool IsFrequent(const Session *session);	 /* whether batches are of more than one transaction */
-/* Whether the last ones began, on the average, a millisecond and more after each other. */
+/* Whether the last batches were of several transactions, and not long ago. */
+bool IsFrequent(const Session *session);
+/* Whether they were of one, and began a millisecond and more after each other. */
 bool IsLeisurely(const Session *session);
 void Send(Session *session);
 /* With nothing on its way: what is unsealed is sealed now; false when there is nothing to await. */

@@ -202,7 +202,7 @@ Timeout(const Session *session)
 	TimestampTz due = 0;
 
 	if (IsHeld(session)) /* everything else waits */
-		return Max(TimestampDifferenceMilliseconds(now, HoldEnds(session)), 1L);
+		return HoldTimeout(session);
 	if (GivenUp(session))
 		due = session->attended ? 0 : session->retry_at;
 	else if (session->conn == NULL && !session->shared->paused)
