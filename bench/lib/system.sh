@@ -16,6 +16,8 @@
 #   system_pause, system_resume   nothing is delivered in between
 #   system_connects_to    the node that its connections lead to
 #   system_route PORT     let them lead to this port instead
+#   trips_commit          not replication but its least cost: what is written at a is written at b afterwards, in two trips,
+#                         with this synchronous_commit; for w5
 
 # load_system NAME
 load_system()
@@ -32,6 +34,7 @@ load_system()
 	system_leave() { true; }
 	system_session() { true; }
 	system_connects_to() { echo b; }
+	trips_commit=
 	# shellcheck source=/dev/null
 	source "$bench/systems/$1.sh"
 }

@@ -9,16 +9,40 @@ workload_title()
 
 workload_systems()
 {
-	systems_that_wait "mmrepl-sync mmrepl-sync-commit mmrepl-sync-applied mmrepl-sync-applied-commit \
-		mmrepl-async-applied mmrepl-async-flushed" "$@"
+	local name
+	for name in "$@"; do
+		case $name in
+			none) printf '%s\n' none two-trips two-trips-flush ;;
+			two-trips*) echo "$name" ;;
+			*) systems_that_wait "mmrepl-sync mmrepl-sync-commit mmrepl-sync-applied mmrepl-sync-applied-commit \
+				mmrepl-async-applied mmrepl-async-flushed" "$name" ;;
+		esac
+	done
+}
+
+# one_client SCRIPT: its milliseconds a transaction.
+one_client()
+{
+	calculate "1000 / $(write_load 1 "$1" -T "$((BENCH_SECONDS > 6 ? BENCH_SECONDS / 3 : 2))")"
+}
+
+# in_two_trips SCRIPT: its statement and BEGIN sent together, COMMIT when both are answered.
+in_two_trips()
+{
+	sed -e '/^UPDATE/i \\\startpipeline\nBEGIN;' -e '/^UPDATE/a \\\endpipeline\nCOMMIT;' <<<"$1"
 }
 
 workload_run()
 {
-	local rows tps
+	local rows script ms trips
 	for rows in 1 10 100 10000; do
-		tps=$(write_load 1 "$(update_rows "$rows")" -T "$((BENCH_SECONDS > 6 ? BENCH_SECONDS / 3 : 2))")
-		metric "ms_$rows" "$(calculate "1000 / $tps")"
+		script=$(update_rows "$rows")
+		ms=$(one_client "$script")
+		if [[ -n $trips_commit ]]; then
+			trips=$(load_node=b session_options="-c synchronous_commit=$trips_commit" one_client "$(in_two_trips "$script")")
+			ms=$(calculate "$ms + $trips")
+		fi
+		metric "ms_$rows" "$ms"
 	done
 	catch_up >/dev/null
 	compare kv
