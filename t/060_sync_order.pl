@@ -90,6 +90,23 @@ section 'a deadlock across the nodes' => sub {
 	like($err, qr/ERROR:\s+55P03: could not obtain lock/, 'and NOWAIT, too');
 	$waiting->ok('ROLLBACK');
 
+	# The bound was set in a subtransaction, and gone with it; what it had sent for the
+	# statement around it stays locked there.
+	my $own = $loser eq 'alpha' ? $alpha : $beta;
+	$own->safe_psql('postgres', q{
+		CREATE FUNCTION in_vain() RETURNS trigger LANGUAGE plpgsql AS $$
+		BEGIN
+			UPDATE account SET n = n WHERE id = 9;
+			PERFORM 1 / 0;
+		EXCEPTION WHEN division_by_zero THEN
+			RETURN NULL;
+		END $$;
+		CREATE TRIGGER in_vain AFTER UPDATE ON account FOR EACH ROW WHEN (NEW.id = 4) EXECUTE FUNCTION in_vain()});
+	$waiting->ok('BEGIN; UPDATE account SET n = n WHERE id = 4');
+	($out, $err) = $waiting->run('SELECT * FROM account WHERE id = 3 FOR UPDATE');
+	like($err, qr/ERROR:\s+40P01: /, 'a subtransaction that is rolled back leaves waits bounded');
+	$waiting->ok('ROLLBACK');
+
 	# plpgsql can catch it as what it is.
 	$waiting->ok('BEGIN; UPDATE account SET n = n WHERE id = 4');
 	($out, $err) = $waiting->run(
@@ -98,6 +115,7 @@ section 'a deadlock across the nodes' => sub {
 	like($err, qr/NOTICE:.*caught/, 'a function catches it as deadlock_detected');
 	$waiting->ok('COMMIT');
 	$_->quit foreach ($holding, values %session);
+	$own->safe_psql('postgres', 'DROP TRIGGER in_vain ON account');
 };
 
 # Each session waits at its fence for what is queued there; that waits at the other

@@ -429,21 +429,17 @@ OnXactEvent(XactEvent event, void *)
 
 /* ---- subtransactions ---- */
 
-static void
-BeforeSubCommit(int level)
-{
-	MMREPL_FAULT_POINT("savepoint-release");
-	for (Work *work = current.works; work != NULL; work = work->next)
-		if (work->inlined != NULL)
-			sync::SubCommit(work->inlined, level);
-}
-
+/* Not before nothing can fail any more: what fails on its way here is undone at the peer, too. */
 static void
 OnSubCommit(int level)
 {
 	MergePairCounts(level);
 	for (Work *work = current.works; work != NULL; work = work->next)
+	{
+		if (work->inlined != NULL)
+			sync::SubCommit(work->inlined, level);
 		MergeInto(work, level);
+	}
 }
 
 static void
@@ -481,7 +477,7 @@ OnSubXactEvent(SubXactEvent event, SubTransactionId, SubTransactionId, void *)
 	switch (event)
 	{
 		case SUBXACT_EVENT_PRE_COMMIT_SUB:
-			BeforeSubCommit(level);
+			MMREPL_FAULT_POINT("savepoint-release");
 			break;
 		case SUBXACT_EVENT_COMMIT_SUB:
 			OnSubCommit(level);

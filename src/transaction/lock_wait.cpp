@@ -16,20 +16,27 @@ namespace mmrepl::transaction
 
 static ExecutorRun_hook_type previous_executor_run;
 
-/* Set the bound, unless the user has set a lower one. */
+/* Set the bound (ms), unless a lower one is set. */
+static void
+Bound(int bound)
+{
+	char value[16];
+
+	if ((LockTimeout > 0 && LockTimeout <= bound) || !IsTransactionState() || IsInParallelMode())
+		return;
+	snprintf(value, sizeof(value), "%d", bound);
+	(void) set_config_option("lock_timeout", value, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_LOCAL,
+							 true, 0, false);
+	current.lock_bound = bound;
+}
+
 void
 BoundLocalWaits(const Work *work)
 {
 	const connection::Notes *notes = connection::NotesOf(work->inlined->conn);
-	char value[16];
 
-	if (notes == NULL || notes->lock_timeout <= 0 ||
-		(LockTimeout > 0 && LockTimeout <= notes->lock_timeout))
-		return;
-	snprintf(value, sizeof(value), "%d", notes->lock_timeout);
-	(void) set_config_option("lock_timeout", value, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_LOCAL,
-							 true, 0, false);
-	current.lock_bound = notes->lock_timeout;
+	if (notes != NULL && notes->lock_timeout > 0)
+		Bound(notes->lock_timeout);
 }
 
 /* Whether the error says that our bound was reached; NOWAIT has the same SQLSTATE. */
@@ -41,7 +48,11 @@ IsBoundReached(const ErrorData *error)
 		   strcmp(error->message_id, "canceling statement due to lock timeout") == 0;
 }
 
-/* Run body, which may wait for locks; the end of a wait that was too long is a 40P01. */
+/*
+ * Run body, which may wait for locks; the end of a wait that was too long is a 40P01.
+ * The bound is set anew where a savepoint has taken it back: what was sent before it,
+ * with what came after it, holds its locks at the peer all the same.
+ */
 template <typename Body>
 static void
 WaitingBounded(Body body)
@@ -51,6 +62,7 @@ WaitingBounded(Body body)
 		body();
 		return;
 	}
+	Bound(current.lock_bound);
 	ErrorData *error = Caught(body);
 
 	if (error == NULL)

@@ -62,7 +62,7 @@ MoveOut(PairCount *count, int level)
 void
 CountCapture(int32 pair_id, change::Kind kind)
 {
-	if (pair_id == 0)
+	if (pair_id == 0 && kind != change::kTruncate) /* HasTruncated() asks for those */
 		return;
 
 	int level = GetCurrentTransactionNestLevel();
@@ -73,7 +73,7 @@ CountCapture(int32 pair_id, change::Kind kind)
 		count = (PairCount *) MemoryContextAllocZero(current.context, sizeof(PairCount));
 		count->pair_id = pair_id;
 		count->level = level;
-		count->counters = stats::ForPair(MyDatabaseId, pair_id);
+		count->counters = pair_id == 0 ? NULL : stats::ForPair(MyDatabaseId, pair_id);
 		count->next = current.counts;
 		current.counts = count;
 	}

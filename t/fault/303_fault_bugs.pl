@@ -124,5 +124,27 @@ section 'a scout that dies does not leave a backlog alone' => sub {
 	$load->check('nothing is lost or doubled');
 };
 
+# The peer's savepoint was given up before ours: nothing undid there what was undone here.
+section 'a savepoint that fails when it is released' => sub {
+	my $session = $alpha->session;
+
+	$session->ok(q{SET mmrepl.fault = 'savepoint-release:error:1'});
+	$session->ok(q{
+		DO $$
+		BEGIN
+			INSERT INTO slog VALUES (0, 5001, 0);
+			BEGIN
+				INSERT INTO slog VALUES (0, -5002, 0);
+			EXCEPTION WHEN serialization_failure THEN
+				INSERT INTO slog VALUES (0, 5003, 0);
+			END;
+		END $$});
+	$session->quit;
+	is(query($_, 'SELECT string_agg(id::text, \' \' ORDER BY id) FROM slog WHERE abs(id) BETWEEN 5001 AND 5003'),
+		'5001 5003', $_->name . ' has what was not undone') foreach $alpha, $beta;
+	query($alpha, 'DELETE FROM slog WHERE id IN (5001, 5003)');
+	$load->check('nothing is lost or doubled');
+};
+
 $_->stop('fast') foreach $alpha, $beta;
 done_testing();

@@ -277,6 +277,11 @@ section 'what is not for that' => sub {
 	$writer->ok("SET mmrepl.fault = '$announced'");
 	$writer->ok('TRUNCATE empty');
 	ok(!fired($alpha, $announced), 'TRUNCATE');
+	$alpha->create_table_on_both($beta, 'CREATE TABLE by_hand (id int PRIMARY KEY)');
+	here(q{CREATE TRIGGER hand AFTER TRUNCATE ON by_hand FOR EACH STATEMENT
+		   EXECUTE FUNCTION mmrepl.replicate('beta', 'public', 'by_hand', 'app', 'async')});
+	$writer->ok('TRUNCATE by_hand');
+	ok(!fired($alpha, $announced), '... by a trigger of the user');
 	$writer->ok('BEGIN ISOLATION LEVEL SERIALIZABLE; UPDATE item SET n = 1 WHERE id = 18; COMMIT');
 	ok(!fired($alpha, $announced), 'SERIALIZABLE');
 	$writer->ok('INSERT INTO item SELECT g, 0 FROM generate_series(1001, 3000) g');
