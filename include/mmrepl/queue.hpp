@@ -317,9 +317,11 @@ constexpr uint64 kNoConnection = PG_UINT64_MAX;
  * that was opened when opened_at was the last ticket (connection::Notes).  What was
  * applied under a later ticket was applied while that connection lived; it has seen
  * no crash of the peer since, and what it executes stands behind it in the peer's WAL.
+ * In another use of the slot it is never reached.
  */
 struct Goal
 {
+	uint64 epoch; /* of the slot's use; 0: it was not the stream's */
 	uint64 ticket;
 	uint32 late;
 	uint64 opened_at; /* kNoConnection: for good */
@@ -337,9 +339,12 @@ bool AllFlushed(const shmem::Stream &stream);
  */
 uint64 Confirmed(const shmem::Stream &stream);
 
-/* For good. */
-Goal CurrentGoal(const shmem::Stream &stream);
+/* Of the stream with that id, for good. */
+Goal CurrentGoal(const shmem::Stream &stream, int32 id);
 bool Reached(const shmem::Stream &stream, const Goal &goal);
+
+/* Whether the slot is still used as it was; else whoever waits looks for the stream's slot again. */
+bool IsCurrent(const shmem::Stream &stream, const Goal &goal);
 
 /* Whether a session waits for something to be confirmed; a hint. */
 bool SomebodyWaits(const shmem::Stream &stream);
@@ -371,8 +376,9 @@ bool IsDiscarded(const Arrival &arrival);
 bool AwaitArrival(const Arrival &arrival, long timeout);
 
 /*
- * Wait until the goal is reached; false at the deadline. Interruptible.  Wakes the
- * worker when it is the worker that is waited for.
+ * Wait until the goal is reached; false at the deadline, when the stream needs a resync,
+ * and when the goal is no longer current.  Interruptible.  Wakes the worker when it is
+ * the worker that is waited for.
  */
 bool WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline);
 /* New tickets are greater than this one (a peer has it from before a restore of ours). */

@@ -280,6 +280,19 @@ State &Get();
 InFlight &SlotOf(int process_index);
 InFlight &MySlot();
 
+/* Call fn(stream), while the slot can have no other use, if it still has this one. */
+template <typename Fn>
+void
+WhileInUse(int index, uint64 epoch, Fn fn)
+{
+	Stream &stream = Get().streams[index];
+
+	LWLockAcquire(Get().registry, LW_SHARED);
+	if (stream.in_use && stream.epoch == epoch)
+		fn(stream);
+	LWLockRelease(Get().registry);
+}
+
 /* This process serves a peer from now on, until it ends; the launcher is told. */
 void NotePeerSession();
 
@@ -296,11 +309,26 @@ int FindStream(Oid database, int32 id);
 int RegisterStream(Oid database, int32 id, Oid server, Oid owner, uint64 confirmed,
 				   uint64 discarded, bool paused);
 
-/* What FindStream() finds, seen while the slot cannot be another's: its `discarded`; 0: no slot. */
-uint64 DiscardedOf(Oid database, int32 id, bool *found);
+/* Positions of the stream, read while the slot cannot be another's; false: it has no slot. */
+struct Positions
+{
+	uint64 confirmed;
+	uint64 discarded;
+};
 
-/* Free the slot if it is still in the same use. */
+bool PositionsOf(Oid database, int32 id, Positions *positions);
+
+/* Free the slot if it is still in the same use.  It has none until its worker has left. */
 void UnregisterStream(int index, uint64 epoch);
+
+/* This process is the slot's worker no longer; no error. */
+void LeaveStream(Stream &stream);
+
+/*
+ * Wait, at most so many ms, until a worker has left a slot that was freed; false if no
+ * free slot has a worker.  Interruptible.
+ */
+bool AwaitLeaver(long timeout);
 
 /* The database's block, taken if need be; raises when all are taken. */
 Database &DatabaseOf(Oid database);

@@ -72,10 +72,23 @@ ConfirmLate(shmem::Stream &stream, uint32 ended)
 }
 
 Goal
-CurrentGoal(const shmem::Stream &stream)
+CurrentGoal(const shmem::Stream &stream, int32 id)
 {
-	return {LastTicket(stream), ReadLate(shmem::DatabaseOf(MyDatabaseId)).Expected(),
-			kNoConnection};
+	shmem::State &state = shmem::Get();
+	shmem::Database &database = shmem::DatabaseOf(MyDatabaseId);
+
+	SpinLockAcquire(&state.clock_mutex);
+	bool ours = stream.in_use && stream.database == MyDatabaseId && stream.id == id;
+	Goal goal = {ours ? stream.epoch : 0, stream.last_ticket, 0, kNoConnection};
+	SpinLockRelease(&state.clock_mutex);
+	goal.late = ReadLate(database).Expected();
+	return goal;
+}
+
+bool
+IsCurrent(const shmem::Stream &stream, const Goal &goal)
+{
+	return stream.in_use && stream.epoch == goal.epoch;
 }
 
 static uint64
@@ -165,10 +178,14 @@ LateReached(const shmem::Stream &stream, const Goal &goal)
 	return (int32) (late - goal.late) >= 0;
 }
 
+/* The slot's next use clears the epoch before it has a position. */
 bool
 Reached(const shmem::Stream &stream, const Goal &goal)
 {
-	return LateReached(stream, goal) && TicketReached(stream, goal.ticket, goal.opened_at);
+	bool reached = LateReached(stream, goal) && TicketReached(stream, goal.ticket, goal.opened_at);
+
+	pg_read_barrier();
+	return reached && IsCurrent(stream, goal);
 }
 
 bool
@@ -231,7 +248,8 @@ WaitConfirmed(shmem::Stream &stream, const Goal &goal, TimestampTz deadline)
 	{
 		long left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), deadline);
 
-		if (left <= 0 || pg_atomic_read_u64(&stream.discarded) == shmem::kNeedsResync)
+		if (left <= 0 || pg_atomic_read_u64(&stream.discarded) == shmem::kNeedsResync ||
+			!IsCurrent(stream, goal))
 			break;
 		AwaitStep(stream, goal, Min(left, 60000L));
 	}

@@ -33,8 +33,11 @@ TakeSlot(const catalog::StreamRow &row)
 int
 RequireSlot(const catalog::StreamRow &row)
 {
-	int slot = TakeSlot(row);
+	constexpr int kTries = 5;
+	int slot;
 
+	for (int i = 0; (slot = TakeSlot(row)) < 0 && i < kTries && shmem::AwaitLeaver(1000); i++)
+		;
 	if (slot < 0)
 		ereport(ERROR, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
 						errmsg("too many servers are replicated to"),
@@ -46,11 +49,10 @@ uint64
 DiscardedUpTo(int32 stream)
 {
 	catalog::StreamRow row = {};
-	bool has_slot;
-	uint64 discarded = shmem::DiscardedOf(MyDatabaseId, stream, &has_slot);
+	shmem::Positions positions;
 
-	if (has_slot)
-		return discarded;
+	if (shmem::PositionsOf(MyDatabaseId, stream, &positions))
+		return positions.discarded;
 	return catalog::ReadStreamRow(stream, &row) ? row.DiscardedUpTo() : 0;
 }
 

@@ -148,11 +148,11 @@ SwitchTable(shmem::Database &database)
 static uint64
 ConfirmedOf(int32 stream)
 {
-	int slot = SlotOf(stream);
+	shmem::Positions positions;
 	catalog::StreamRow row = {};
 
-	if (slot >= 0)
-		return pg_atomic_read_u64(&shmem::Get().streams[slot].confirmed);
+	if (shmem::PositionsOf(MyDatabaseId, stream, &positions))
+		return positions.confirmed;
 	return catalog::ReadStreamRow(stream, &row) ? row.confirmed : PG_UINT64_MAX;
 }
 

@@ -97,10 +97,11 @@ TryDraw(Outgoing **parts, int n_parts, uint64 xid, bool use_ring)
 	shmem::InFlight &mine = shmem::MySlot();
 	uint64 now = shmem::ClockNow();
 	bool everyone;
+	uint64 registrations = CurrentRegistrations(); /* as of which all of the slots are */
 	uint64 mask = MaskOf(parts, n_parts, &everyone);
 
 	SpinLockAcquire(&state.clock_mutex);
-	if (state.registrations != seen_registrations)
+	if (state.registrations != registrations)
 	{
 		SpinLockRelease(&state.clock_mutex);
 		return 0;

@@ -209,16 +209,17 @@ FindStream(Oid database, int32 id)
 	return index;
 }
 
-uint64
-DiscardedOf(Oid database, int32 id, bool *found)
+bool
+PositionsOf(Oid database, int32 id, Positions *positions)
 {
 	LWLockAcquire(state->registry, LW_SHARED);
 	int index = FindStreamLocked(database, id);
-	uint64 discarded = index < 0 ? 0 : pg_atomic_read_u64(&state->streams[index].discarded);
 
+	if (index >= 0)
+		*positions = {pg_atomic_read_u64(&state->streams[index].confirmed),
+					  pg_atomic_read_u64(&state->streams[index].discarded)};
 	LWLockRelease(state->registry);
-	*found = index >= 0;
-	return discarded;
+	return index >= 0;
 }
 
 /* Whether a transaction on its way has entries in the slot's ring; clock spinlock held. */
@@ -267,20 +268,64 @@ ActivateStream(int index, uint64 confirmed)
 	return quiet;
 }
 
-/* Free a slot; its worker, if there is one, ends. */
+/* Whether a worker is at the slot, of its present use or of the one before. */
+static bool
+HasWorker(const Stream *stream)
+{
+	return stream->worker_pid != 0 && BackendPidGetProc(stream->worker_pid) != NULL;
+}
+
+/* Free a slot; its worker, if there is one, ends.  The slot is not used again before it has. */
 static void
 DeactivateStream(Stream *stream)
 {
-	int pid = stream->worker_pid;
-
-	if (pid != 0 && pid != MyProcPid && BackendPidGetProc(pid) != NULL)
-		kill(pid, SIGTERM);
+	if (HasWorker(stream) && stream->worker_pid != MyProcPid)
+		kill(stream->worker_pid, SIGTERM);
 	SpinLockAcquire(&state->clock_mutex);
 	stream->in_use = false;
 	state->registrations++;
 	SpinLockRelease(&state->clock_mutex);
 	ConditionVariableBroadcast(&stream->applied_cv);
 	ConditionVariableBroadcast(&stream->confirmed_cv);
+	ConditionVariableBroadcast(&stream->settled_cv);
+}
+
+void
+LeaveStream(Stream &stream)
+{
+	SpinLockAcquire(&stream.mutex);
+	if (stream.worker_pid == MyProcPid)
+	{
+		stream.worker_latch = NULL;
+		stream.worker_pid = 0;
+	}
+	SpinLockRelease(&stream.mutex);
+	ConditionVariableBroadcast(&stream.settled_cv);
+	WakeLauncher();
+}
+
+/* The first free slot that a worker has not left yet, or NULL. */
+static Stream *
+FirstLeft()
+{
+	for (int i = 0; i < guc::max_servers; i++)
+		if (!state->streams[i].in_use && HasWorker(&state->streams[i]))
+			return &state->streams[i];
+	return NULL;
+}
+
+bool
+AwaitLeaver(long timeout)
+{
+	Stream *stream = FirstLeft();
+
+	if (stream == NULL)
+		return false;
+	while (!stream->in_use && HasWorker(stream) &&
+		   !ConditionVariableTimedSleep(&stream->settled_cv, timeout, PG_WAIT_EXTENSION))
+		;
+	ConditionVariableCancelSleep();
+	return true;
 }
 
 int
@@ -301,9 +346,12 @@ RegisterStream(Oid database, int32 id, Oid server, Oid owner, uint64 confirmed, 
 	{
 		Stream *stream = &state->streams[i];
 
-		if (stream->in_use)
+		if (stream->in_use || HasWorker(stream))
 			continue;
+		pg_write_barrier(); /* who sees any of what follows sees that the former use has ended */
+		SpinLockAcquire(&stream->mutex);
 		memset(stream, 0, offsetof(Stream, mutex));
+		SpinLockRelease(&stream->mutex);
 		stream->database = database;
 		stream->id = id;
 		stream->server = server;

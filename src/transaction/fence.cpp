@@ -111,7 +111,7 @@ FailForTime(shmem::WorkerState state, connection::Failure *failure)
 
 /* ---- the fence ---- */
 
-/* Wait for the goal; *locked: in vain, because a peer waits for us. */
+/* Wait for the goal while it is current; *locked: in vain, because a peer waits for us. */
 static bool
 AwaitGoal(shmem::Stream &stream, const queue::Goal &goal, int bound, bool *locked)
 {
@@ -127,7 +127,8 @@ AwaitGoal(shmem::Stream &stream, const queue::Goal &goal, int bound, bool *locke
 		if (queue::WaitConfirmed(stream, goal, Min(look, deadline)))
 			return true;
 		if (GetCurrentTimestamp() >= deadline ||
-			pg_atomic_read_u64(&stream.discarded) == shmem::kNeedsResync)
+			pg_atomic_read_u64(&stream.discarded) == shmem::kNeedsResync ||
+			!queue::IsCurrent(stream, goal))
 			return false;
 		if (confirmed != pg_atomic_read_u64(&stream.confirmed))
 			moved = GetCurrentTimestamp();
@@ -149,7 +150,7 @@ struct Sight
 static Sight
 LookAt(const Work *work, const shmem::Stream &stream, bool for_good)
 {
-	Sight sight = {queue::CurrentGoal(stream), NULL};
+	Sight sight = {queue::CurrentGoal(stream, work->route.stream), NULL};
 
 	if (!for_good)
 		sight.notes = connection::NotesOfCached(work->route.server, work->route.owner);
@@ -160,9 +161,12 @@ LookAt(const Work *work, const shmem::Stream &stream, bool for_good)
 
 /* It is passed: by whoever, or over the one connection that it rests on. */
 static bool
-Passed(Work *work, const shmem::Stream &stream, uint64 serial)
+Passed(Work *work, const shmem::Stream &stream, const queue::Goal &goal, uint64 serial)
 {
-	work->inlined->only_serial = queue::AllFlushed(stream) ? 0 : serial;
+	bool flushed = queue::AllFlushed(stream);
+
+	pg_read_barrier();
+	work->inlined->only_serial = flushed && queue::IsCurrent(stream, goal) ? 0 : serial;
 	return true;
 }
 
@@ -182,7 +186,7 @@ AskForRetry(shmem::Stream &stream)
 
 /* The same, and a try that fails at once is awaited.  Whether it got on. */
 static bool
-HurryRetry(shmem::Stream &stream)
+HurryRetry(shmem::Stream &stream, const queue::Goal &goal)
 {
 	constexpr int kPatience = 200; /* ms */
 	TimestampTz until = connection::DeadlineIn(kPatience);
@@ -194,8 +198,9 @@ HurryRetry(shmem::Stream &stream)
 		return false;
 	for (;;)
 	{
-		(void) queue::WaitConfirmed(stream, queue::CurrentGoal(stream),
-									connection::DeadlineIn(kPatience / 20));
+		if (queue::WaitConfirmed(stream, goal, connection::DeadlineIn(kPatience / 20)) ||
+			!queue::IsCurrent(stream, goal))
+			return true;
 		SpinLockAcquire(&stream.mutex);
 		bool retrying = stream.state == shmem::WorkerState::Retrying;
 		bool failed = stream.consecutive_failures != failures;
@@ -205,26 +210,16 @@ HurryRetry(shmem::Stream &stream)
 	}
 }
 
-/*
- * The fence: all that was committed here on the stream before now must be at the
- * peer.  False, with the reason, when it is not and waiting is of no use or took
- * too long.
- */
-bool
-PassFence(Work *work, bool for_good, connection::Failure *failure)
+/* Pass the fence as it stands now, at the stream's slot as it is used now. */
+static bool
+PassNow(Work *work, shmem::Stream &stream, const Sight &sight, connection::Failure *failure)
 {
-	work->inlined->only_serial = 0;
-	if (catalog::MadeHere(work->route.stream))
-		return true;
-
-	shmem::Stream &stream = SharedStream(work);
-	Sight sight = LookAt(work, stream, for_good);
 	uint64 serial = sight.notes != NULL ? sight.notes->serial : 0; /* the notes may go */
 
 	if (queue::NeedsResync(work->route.stream))
 		return FailForResync(work, failure);
 	if (queue::Reached(stream, sight.goal))
-		return Passed(work, stream, serial);
+		return Passed(work, stream, sight.goal, serial);
 	SpinLockAcquire(&stream.mutex);
 	shmem::WorkerState state = stream.paused ? shmem::WorkerState::Paused : stream.state;
 	bool stuck = stream.paused || state == shmem::WorkerState::Retrying ||
@@ -235,13 +230,37 @@ PassFence(Work *work, bool for_good, connection::Failure *failure)
 	bool locked = false;
 
 	if (state == shmem::WorkerState::Retrying && queue::NeedsWorker(stream, sight.goal))
-		stuck = !HurryRetry(stream);
+		stuck = !HurryRetry(stream, sight.goal);
 	if (!(stuck && queue::NeedsWorker(stream, sight.goal)) &&
 		AwaitGoal(stream, sight.goal, bound, &locked))
-		return Passed(work, stream, serial);
+		return Passed(work, stream, sight.goal, serial);
 	if (queue::NeedsResync(work->route.stream)) /* by now */
 		return FailForResync(work, failure);
 	return locked ? FailForDeadlock(bound, failure) : FailForTime(state, failure);
+}
+
+/*
+ * The fence: all that was committed here on the stream before now must be at the
+ * peer.  False, with the reason, when it is not and waiting is of no use or took
+ * too long.  Whose slot became another stream's meanwhile begins anew.
+ */
+bool
+PassFence(Work *work, bool for_good, connection::Failure *failure)
+{
+	work->inlined->only_serial = 0;
+	if (catalog::MadeHere(work->route.stream))
+		return true;
+	for (;;)
+	{
+		shmem::Stream &stream = SharedStream(work);
+		Sight sight = LookAt(work, stream, for_good);
+
+		if (PassNow(work, stream, sight, failure))
+			return true;
+		if (queue::IsCurrent(stream, sight.goal))
+			return false;
+		CHECK_FOR_INTERRUPTS();
+	}
 }
 
 bool
@@ -259,7 +278,7 @@ FenceIsOpen(Work *work)
 	Sight sight = LookAt(work, stream, false);
 
 	if (queue::Reached(stream, sight.goal))
-		return Passed(work, stream, sight.notes != NULL ? sight.notes->serial : 0);
+		return Passed(work, stream, sight.goal, sight.notes != NULL ? sight.notes->serial : 0);
 	if (queue::NeedsWorker(stream, sight.goal))
 		shmem::WakeWorker(stream);
 	return false;

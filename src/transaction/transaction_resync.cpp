@@ -155,15 +155,13 @@ PublishResyncs()
 {
 	for (const Resync *resync = current.resyncs; resync != NULL; resync = resync->next)
 	{
-		shmem::Stream &stream = shmem::Get().streams[resync->slot];
-
-		if (stream.epoch != resync->epoch)
-			continue;
 		if (resync->discarded == shmem::kNeedsResync)
 			MMREPL_CRASH_POINT("give-up-visible");
 		else
 			MMREPL_CRASH_POINT("resync-visible");
-		queue::SetDiscarded(stream, resync->discarded);
+		shmem::WhileInUse(resync->slot, resync->epoch, [&](shmem::Stream &stream) {
+			queue::SetDiscarded(stream, resync->discarded);
+		});
 		if (resync->discarded == shmem::kNeedsResync)
 			MMREPL_CRASH_POINT("give-up-published");
 		else

@@ -208,6 +208,7 @@ Applied(Feed *feed, Shipment *shipment)
 	*unsealed = {};
 	if (feed->passed_unsealed > shipment->confirm_to) /* since this batch was filled */
 		NotePassedUnsealed(feed, feed->passed_unsealed);
+	MMREPL_CRASH_POINT("worker-confirming");
 	queue::Confirm(stream, shipment->confirm_to);
 	MMREPL_FAULT_POINT("worker-confirmed");
 	queue::Acknowledged(stream, shipment->confirm_to);

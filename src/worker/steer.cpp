@@ -138,6 +138,28 @@ pg_attribute_noreturn() static void RefuseToWait(const char *server)
 			 errhint("SELECT mmrepl.resync(%s);", quote_literal_cstr(server))));
 }
 
+/* Wait until all that was committed here on the stream before now is at the peer; false: not in time. */
+static bool
+AwaitStream(const catalog::StreamRow *row, const char *server, TimestampTz deadline)
+{
+	for (;;)
+	{
+		shmem::Stream &stream = shmem::Get().streams[RequireSlot(row)];
+		queue::Goal goal = queue::CurrentGoal(stream, row->id);
+
+		if (queue::NeedsResync(row->id))
+			RefuseToWait(server);
+		shmem::WakeWorker(stream);
+		if (queue::WaitConfirmed(stream, goal, deadline))
+			return true;
+		if (queue::NeedsResync(row->id))
+			RefuseToWait(server);
+		if (queue::IsCurrent(stream, goal) || GetCurrentTimestamp() >= deadline)
+			return false;
+		CHECK_FOR_INTERRUPTS(); /* the slot has another use: once more, where the stream is now */
+	}
+}
+
 Datum
 SqlWaitForReplay(FunctionCallInfo fcinfo)
 {
@@ -153,17 +175,8 @@ SqlWaitForReplay(FunctionCallInfo fcinfo)
 							PointerGetDatum(PG_GETARG_INTERVAL_P(1))));
 
 	foreach(cell, StreamsToSteer(NameStr(*PG_GETARG_NAME(0))))
-	{
-		int slot = RequireSlot((const catalog::StreamRow *) lfirst(cell));
-		shmem::Stream &stream = shmem::Get().streams[slot];
-
-		if (queue::NeedsResync(((const catalog::StreamRow *) lfirst(cell))->id))
-			RefuseToWait(NameStr(*PG_GETARG_NAME(0)));
-		shmem::WakeWorker(stream);
-		reached &= queue::WaitConfirmed(stream, queue::CurrentGoal(stream), deadline);
-		if (!reached && queue::NeedsResync(((const catalog::StreamRow *) lfirst(cell))->id))
-			RefuseToWait(NameStr(*PG_GETARG_NAME(0)));
-	}
+		reached &= AwaitStream((const catalog::StreamRow *) lfirst(cell),
+							   NameStr(*PG_GETARG_NAME(0)), deadline);
 	PG_RETURN_BOOL(reached);
 }
 
@@ -177,9 +190,11 @@ void
 TakeOver(const catalog::StreamRow *row, int slot)
 {
 	shmem::Stream &stream = shmem::Get().streams[slot];
+	uint64 use = stream.epoch;
 	auto request = [&](int by) {
 		SpinLockAcquire(&stream.mutex);
-		stream.handover_requests += by;
+		if (stream.epoch == use) /* else the slot is another stream's, or counts anew */
+			stream.handover_requests += by;
 		SpinLockRelease(&stream.mutex);
 	};
 

@@ -31,16 +31,7 @@ static int my_slot = -1;
 static void
 LeaveSlot(int, Datum)
 {
-	shmem::Stream &stream = shmem::Get().streams[my_slot];
-
-	SpinLockAcquire(&stream.mutex);
-	if (stream.worker_pid == MyProcPid)
-	{
-		stream.worker_latch = NULL;
-		stream.worker_pid = 0;
-	}
-	SpinLockRelease(&stream.mutex);
-	shmem::WakeLauncher();
+	shmem::LeaveStream(shmem::Get().streams[my_slot]);
 }
 
 /* Take the slot from `other`, a process that is gone; false when it is another's by now. */

@@ -1,0 +1,155 @@
+# Streams that lose their slots in shared memory and get others, while somebody waits
+# for one of them: another stream's position must not be taken for its own.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../lib";
+
+use FaultPoints;
+use MmreplCluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+# Two streams and two slots.
+my ($alpha, $beta) = MmreplCluster->new_pair(conf => q{
+	mmrepl.max_servers = 2
+	mmrepl.retry_min_delay = '20ms'
+	mmrepl.retry_max_delay = '200ms'
+	mmrepl.sync_timeout = '60s'});
+my $scout = 'scout-begun:wait:1';
+my $held = 'worker-confirming:wait:1';
+
+sub here { return $alpha->safe_psql('postgres', $_[0]) }
+sub there { return $beta->safe_psql('postgres', $_[0]) }
+
+# The second stream leads to another database of the same server.
+$beta->safe_psql('postgres', 'CREATE DATABASE gamma');
+$beta->install_extension('gamma');
+$alpha->add_peer($beta, server => 'gamma', peer_dbname => 'gamma');
+$alpha->create_table_on_both($beta, 'CREATE TABLE item (id int PRIMARY KEY, n int)');
+here('CREATE TABLE other (id int PRIMARY KEY, n int)');
+$beta->safe_psql('gamma', 'CREATE TABLE other (id int PRIMARY KEY, n int)');
+$alpha->create_pair('item', 'beta');
+$alpha->create_pair('other', 'gamma');
+here('INSERT INTO item SELECT g, 0 FROM generate_series(1, 10) g');
+here('INSERT INTO other SELECT g, 0 FROM generate_series(1, 10) g');
+
+sub caught_up
+{
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return $alpha->wait_caught_up('beta') && $alpha->wait_caught_up('gamma');
+}
+
+sub is_equal
+{
+	my ($name) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	caught_up();
+	$alpha->same_rows($beta, 'item', name => "$name: item is equal");
+	$alpha->same_rows($beta, 'other', name => "$name: other is equal", peer_dbname => 'gamma');
+	return;
+}
+
+# The slots are in the order of the streams again.
+sub begin
+{
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	disarm_faults($alpha);
+	$alpha->restart;
+	caught_up();
+	return;
+}
+
+# All slots are given up, and the scout that would take them again has to wait; who
+# stands at one of them looks for another by himself.
+sub send_away
+{
+	my ($but) = (@_, '');
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	my $workers = join(',', grep { $_ ne $but } map { $alpha->stat($_, 'pid') } qw(beta gamma));
+
+	arm_fault($alpha, $scout);
+	until_true(sub { (query($alpha, 'SHOW mmrepl.fault') // '') eq $scout }) or fail("$scout is set");
+	like($alpha->fails('postgres', 'ALTER DATABASE postgres RENAME TO mine'), qr/0A000/, 'a command that is refused');
+	ok(await_fault($alpha, $scout), 'a scout is about to take the slots');
+	$alpha->poll_ok("SELECT count(*) = 0 FROM pg_stat_activity WHERE pid IN ($workers)", 'the workers have left');
+	return;
+}
+
+# Whether somebody still waits; what he has waited for in vain would have ended that.
+sub still_waits
+{
+	my ($session) = @_;
+
+	return here('SELECT state FROM pg_stat_activity WHERE pid = ' . $session->pid) eq 'active';
+}
+
+section 'wait_for_replay()' => sub {
+	begin();
+	my ($waiter, $holder) = map { $_->session } $alpha, $beta;
+
+	$holder->ok('BEGIN; SELECT FROM item WHERE id = 1 FOR UPDATE');
+	here('UPDATE item SET n = 1 WHERE id = 1');
+	$waiter->start(q{SELECT mmrepl.wait_for_replay('beta', '60s')});
+	$alpha->poll_ok('SELECT wait_event_type = \'Extension\' FROM pg_stat_activity WHERE pid = ' . $waiter->pid, 'somebody waits for beta');
+	send_away();
+	here('UPDATE other SET n = 1 WHERE id = 1');
+	$alpha->wait_caught_up('gamma');                # which takes a slot
+	ok(still_waits($waiter), "gamma's confirmation is not beta's");
+	release_fault($alpha, $scout);
+	$holder->ok('COMMIT');
+	my ($out, $err) = $waiter->finish;
+	is("$out$err", 't', 'beta has it');
+	is(there('SELECT n FROM item WHERE id = 1'), '1', '... indeed');
+	$_->quit foreach $waiter, $holder;
+	is_equal('waited');
+};
+
+section 'the fence' => sub {
+	begin();
+	my ($writer, $holder) = map { $_->session } $alpha, $beta;
+
+	$holder->ok('BEGIN; SELECT FROM item WHERE id = 1 FOR UPDATE');
+	here('UPDATE item SET n = 2 WHERE id = 1; UPDATE item SET n = 2 WHERE id = 2');
+	$writer->ok(q{SET mmrepl.mode = 'sync'});
+	$writer->start('UPDATE item SET n = 3 WHERE id = 2');
+	$alpha->poll_ok('SELECT wait_event_type = \'Extension\' FROM pg_stat_activity WHERE pid = ' . $writer->pid, 'somebody stands at the fence');
+	send_away();
+	here('UPDATE other SET n = 2 WHERE id = 1');
+	$alpha->wait_caught_up('gamma');
+	ok(still_waits($writer), "gamma's confirmation does not open it");
+	release_fault($alpha, $scout);
+	$holder->ok('COMMIT');
+	my ($out, $err) = $writer->finish;
+	is($err, '', 'it was passed when beta had confirmed');
+	$_->quit foreach $writer, $holder;
+	is_equal('passed');
+};
+
+section 'a worker that is about to confirm' => sub {
+	begin();
+	$beta->close_to_peers('gamma');
+	here('UPDATE other SET n = 3 WHERE id = 1');
+	arm_fault($alpha, $held);
+	until_true(sub { (query($alpha, 'SHOW mmrepl.fault') // '') eq $held }) or fail("$held is set");
+	here('UPDATE item SET n = 4 WHERE id = 1');
+	ok(await_fault($alpha, $held), 'beta has committed, and it was not noted yet');
+	my $pid = fired($alpha, $held);
+
+	send_away($pid);
+	here(q{SELECT mmrepl.retry_now('gamma')});      # takes a slot
+	here('UPDATE other SET n = 3 WHERE id = 2');
+	release_fault($alpha, $held);
+	$alpha->poll_ok("SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $pid", 'its worker has left');
+	release_fault($alpha, $scout);
+	$beta->open_to_peers;
+	is_equal('confirmed');
+};
+
+$_->stop('fast') foreach $alpha, $beta;
+done_testing();
