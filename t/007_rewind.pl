@@ -186,7 +186,25 @@ section 'an old peer that has confirmed all that it ever will' => sub {
 };
 
 section 'a peer that was made anew' => sub {
+	$alpha->create_table_on_both($beta, "CREATE TABLE $_ (id int PRIMARY KEY)") foreach qw(strict lenient);
+	$alpha->create_pair('strict', 'beta', q{mode => 'sync'});
+	$alpha->create_pair('lenient', 'beta', q{mode => 'sync', on_unreachable => 'queue'});
+	here('INSERT INTO strict VALUES (1)');
+	synced();
 	there('DROP EXTENSION mmrepl_bgw CASCADE; CREATE EXTENSION mmrepl_bgw');
+
+	# The worker has a connection still, and nothing to send: a session is the first that finds out.
+	like($alpha->fails('postgres', 'INSERT INTO strict VALUES (2)'),
+		qr/ERROR:\s+MM014: .*has lost changes that it had confirmed.*HINT:.*mmrepl\.accept_peer\('beta'\)/s,
+		'a synchronous change is refused');
+	$alpha->restart;
+	like($alpha->fails('postgres', 'INSERT INTO strict VALUES (2)'), qr/ERROR:\s+MM0(?:08|14)/, '... and after a restart');
+	is(there('SELECT count(*) FROM strict'), '1', '... and is not there');
+	stopped('the worker connects, and finds it, too');
+	like($alpha->fails('postgres', q{SELECT mmrepl.wait_for_replay('beta')}), qr/ERROR:\s+MM014: .*HINT:.*accept_peer/s,
+		'nothing is queued, and yet not all is there');
+	here('INSERT INTO lenient VALUES (1)');
+	is(there('SELECT count(*) FROM lenient'), '0', 'what may wait, waits');
 	here(q{INSERT INTO item VALUES (50, 'anew')});
 	stopped('is noticed like one that was restored');
 	is(there('SELECT count(*) FROM item WHERE id = 50'),
@@ -194,6 +212,8 @@ section 'a peer that was made anew' => sub {
 	here(q{SELECT mmrepl.accept_peer('beta')});
 	synced();
 	$alpha->same_rows($beta, 'item', name => 'until it is accepted');
+	here('INSERT INTO strict VALUES (2)');
+	$alpha->same_rows($beta, $_) foreach qw(strict lenient);
 };
 
 ok(!$alpha->log_contains(qr/PANIC|TRAP:|was terminated by signal/),

@@ -70,6 +70,13 @@ Peer Hello(PGconn *conn, const char *server_name, const pg_uuid_t &node, int32 s
 bool TryHello(PGconn *conn, const pg_uuid_t &node, int32 stream, TimestampTz deadline, Peer *peer,
 			  connection::Failure *failure);
 
+/*
+ * Whether the peer stands behind a watermark that it has reported: it has lost changes
+ * that it had confirmed.  Then *failure says so (ERRCODE_MMREPL_REWOUND), and how to go on.
+ */
+bool HasLostChanges(const Peer &peer, uint64 acked, const char *server_name,
+					connection::Failure *failure);
+
 /* Queue the batch for sending (non-blocking connection, extended protocol, binary parameter). */
 bool Send(PGconn *conn, const Batch *batch);
 /* Queue the BEGIN of a transaction that batches are to be parts of. */

@@ -122,6 +122,7 @@ struct Stream
 	pg_atomic_uint64 flush_wanted; /* newest ticket that a COMMIT waits for until it is confirmed */
 	pg_atomic_uint64 apply_wanted; /* ... until it is applied */
 	pg_atomic_uint64 acked;		   /* watermark that the peer has reported */
+	pg_atomic_uint64 lost;		   /* ... and has fallen behind, as was found; 0: it has not */
 	pg_atomic_uint64 discarded;	   /* not to be delivered up to here; see kNeedsResync */
 	pg_atomic_uint32 late_confirmed; /* late work up to this LateWord::Ended() is there, too */
 	pg_atomic_uint64 ring_gap;		 /* tickets <= this may be missing in the ring */

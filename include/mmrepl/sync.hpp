@@ -53,6 +53,7 @@ struct Work
 	bool cancelled;		  /* the user did not want to wait for the peer's commit */
 	bool relaxed;		  /* its COMMIT at the peer will not wait until that has flushed it */
 	uint64 only_serial;	  /* the next flush is for this connection alone; 0: for any */
+	uint64 acked;		  /* watermark that the peer has reported: it is not behind that */
 	bool stale;			  /* the last flush was not: it is to be made sure, and tried, again */
 };
 

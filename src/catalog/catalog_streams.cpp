@@ -7,6 +7,8 @@
  */
 #include "catalog_internal.hpp"
 
+#include "mmrepl/shmem.hpp"
+
 namespace mmrepl::catalog
 {
 
@@ -457,12 +459,23 @@ Unpark(const StreamRow *stream, Oid server)
 		AssignServer(stream->id, server, NameStr(stream->server_name));
 }
 
+/* What the peer knows of the former node says nothing of the new one. */
+static void
+ForgetPositions(int32 stream)
+{
+	const Assignment start[] = {{attr::stream_confirmed, Int64GetDatum(0)},
+								{attr::stream_acked, Int64GetDatum(0)}};
+	int slot = shmem::FindStream(MyDatabaseId, stream);
+
+	AssignColumns(stream, start, lengthof(start));
+	if (slot >= 0)
+		pg_atomic_write_u64(&shmem::Get().streams[slot].acked, 0);
+}
+
 void
 RelinkStreams(bool forget_positions)
 {
 	List *streams = AllStreams();
-	const Assignment start[] = {{attr::stream_confirmed, Int64GetDatum(0)},
-								{attr::stream_acked, Int64GetDatum(0)}};
 	ListCell *cell;
 
 	foreach(cell, streams)
@@ -472,7 +485,7 @@ RelinkStreams(bool forget_positions)
 
 		LockRow(stream->id, true);
 		if (forget_positions)
-			AssignColumns(stream->id, start, lengthof(start));
+			ForgetPositions(stream->id);
 		if (server != stream->server)
 			AssignServer(stream->id, ParkingPlace(stream->id), NameStr(stream->server_name));
 	}

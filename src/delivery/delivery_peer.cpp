@@ -178,6 +178,20 @@ Hello(PGconn *conn, const char *server_name, const pg_uuid_t &node, int32 stream
 	return peer;
 }
 
+bool
+HasLostChanges(const Peer &peer, uint64 acked, const char *server_name, Failure *failure)
+{
+	if (peer.watermark >= acked)
+		return false;
+	(void) Fail(failure, ERRCODE_MMREPL_REWOUND, "the peer has lost changes that it had confirmed",
+				psprintf("Bring its tables up to date, then run SELECT mmrepl.accept_peer(%s).",
+						 quote_literal_cstr(server_name)));
+	failure->detail = psprintf("It stands at ticket %llu and has been at %llu: it was restored "
+							   "from an older state, or replaced.",
+							   (unsigned long long) peer.watermark, (unsigned long long) acked);
+	return true;
+}
+
 /*
  * Queue the batch for sending, in pipeline mode too; false when libpq cannot
  * (Describe() the connection then).  The batch may be freed at once.

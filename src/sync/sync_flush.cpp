@@ -27,7 +27,10 @@ FirstUnsent(Segment *segment)
 	return segment;
 }
 
-/* Learn who the peer is, once for a connection. */
+/*
+ * Learn who the peer is, once for a connection.  One that has lost what it had
+ * confirmed is not written to, as if it could not be reached.
+ */
 Outcome
 Introduce(const Request &request, connection::Notes *notes)
 {
@@ -36,10 +39,12 @@ Introduce(const Request &request, connection::Notes *notes)
 
 	if (notes->peer_known)
 		return Outcome::Done;
-	if (delivery::TryHello(work->conn, catalog::NodeId(), work->stream, request.deadline, &peer,
-						   request.failure))
-		return Outcome::Done;
-	return Judge(work, request.failure);
+	if (!delivery::TryHello(work->conn, catalog::NodeId(), work->stream, request.deadline, &peer,
+							request.failure))
+		return Judge(work, request.failure);
+	return delivery::HasLostChanges(peer, work->acked, work->server_name, request.failure)
+			   ? Outcome::Lost
+			   : Outcome::Done;
 }
 
 /*

@@ -159,14 +159,18 @@ LookAt(const Work *work, const shmem::Stream &stream, bool for_good)
 	return sight;
 }
 
-/* It is passed: by whoever, or over the one connection that it rests on. */
+/* It is passed: by whoever, or over the one connection that it rests on; to a peer that has lost nothing. */
 static bool
 Passed(Work *work, const shmem::Stream &stream, const queue::Goal &goal, uint64 serial)
 {
 	bool flushed = queue::AllFlushed(stream);
+	uint64 acked = pg_atomic_read_u64(const_cast<pg_atomic_uint64 *>(&stream.acked));
 
 	pg_read_barrier();
-	work->inlined->only_serial = flushed && queue::IsCurrent(stream, goal) ? 0 : serial;
+	bool current = queue::IsCurrent(stream, goal); /* else both are another stream's */
+
+	work->inlined->only_serial = flushed && current ? 0 : serial;
+	work->inlined->acked = current ? acked : 0;
 	return true;
 }
 

@@ -66,22 +66,20 @@ ReadAgain(Feed *feed, uint64 position)
 
 /* The peer stands behind what it had confirmed. */
 static void
-RequirePeerNotRewound(const Feed *feed, uint64 watermark)
+RequirePeerNotRewound(const Feed *feed, const delivery::Peer &peer)
 {
 	catalog::StreamRow row = {};
+	connection::Failure failure;
 
 	InTransaction([&] { (void) catalog::ReadStreamRow(feed->stream, &row); });
 	uint64 acked = Max(row.acked, pg_atomic_read_u64(&feed->shared->acked));
 
-	if (watermark < acked)
-		ereport(ERROR,
-				(errcode(ERRCODE_MMREPL_REWOUND),
-				 errmsg("the peer has lost changes that it had confirmed"),
-				 errdetail("It stands at ticket %llu and has been at %llu: it was restored from "
-						   "an older state, or replaced.",
-						   (unsigned long long) watermark, (unsigned long long) acked),
-				 errhint("Bring its tables up to date, then run SELECT mmrepl.accept_peer('%s').",
-						 NameStr(row.server_name))));
+	bool lost = delivery::HasLostChanges(peer, acked, NameStr(row.server_name), &failure);
+
+	pg_atomic_write_u64(&feed->shared->lost, lost ? acked : 0);
+	pg_write_barrier(); /* acked grows again behind it */
+	if (lost)
+		connection::ReportFailure(&failure, NameStr(row.server_name), NULL);
 }
 
 /* Nothing would bring the clock back that has followed a ticket of another age. */
@@ -164,7 +162,7 @@ ResetFeed(Feed *feed, const delivery::Peer &peer)
 
 	if (discarded == shmem::kNeedsResync) /* no ticket: the feed must not begin there */
 		RefuseGivenUp();
-	RequirePeerNotRewound(feed, watermark);
+	RequirePeerNotRewound(feed, peer);
 	RequireSourceNotRewound(feed, watermark);
 	feed->relaxed_there = peer.protocol >= batch::kRelaxedProtocol;
 	ResetUnsealed(feed, watermark);

@@ -138,6 +138,29 @@ pg_attribute_noreturn() static void RefuseToWait(const char *server)
 			 errhint("SELECT mmrepl.resync(%s);", quote_literal_cstr(server))));
 }
 
+/*
+ * What the peer had confirmed is there, unless it was found to have lost it since, and
+ * nobody has accepted that.
+ */
+static void
+RequireNothingLost(shmem::Stream &stream, const char *server)
+{
+	if (pg_atomic_read_u64(&stream.lost) == 0 || pg_atomic_read_u64(&stream.acked) == 0)
+		return;
+	ereport(ERROR, (errcode(ERRCODE_MMREPL_REWOUND),
+					errmsg("server \"%s\" has lost changes that it had confirmed", server),
+					errhint("Bring its tables up to date, then run SELECT mmrepl.accept_peer(%s).",
+							quote_literal_cstr(server))));
+}
+
+static void
+RequireOrderly(shmem::Stream &stream, int32 id, const char *server)
+{
+	if (queue::NeedsResync(id))
+		RefuseToWait(server);
+	RequireNothingLost(stream, server);
+}
+
 /* Wait until all that was committed here on the stream before now is at the peer; false: not in time. */
 static bool
 AwaitStream(const catalog::StreamRow *row, const char *server, TimestampTz deadline)
@@ -147,13 +170,14 @@ AwaitStream(const catalog::StreamRow *row, const char *server, TimestampTz deadl
 		shmem::Stream &stream = shmem::Get().streams[RequireSlot(row)];
 		queue::Goal goal = queue::CurrentGoal(stream, row->id);
 
-		if (queue::NeedsResync(row->id))
-			RefuseToWait(server);
+		RequireOrderly(stream, row->id, server);
 		shmem::WakeWorker(stream);
-		if (queue::WaitConfirmed(stream, goal, deadline))
+		bool reached = queue::WaitConfirmed(stream, goal, deadline);
+
+		if (queue::IsCurrent(stream, goal))
+			RequireOrderly(stream, row->id, server);
+		if (reached)
 			return true;
-		if (queue::NeedsResync(row->id))
-			RefuseToWait(server);
 		if (queue::IsCurrent(stream, goal) || GetCurrentTimestamp() >= deadline)
 			return false;
 		CHECK_FOR_INTERRUPTS(); /* the slot has another use: once more, where the stream is now */
