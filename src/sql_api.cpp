@@ -31,7 +31,7 @@ MMREPL_FUNCTION(mmrepl_disallow_apply, registration::SqlDisallowApply);
 
 /* The node. */
 MMREPL_FUNCTION(mmrepl_node_id, catalog::SqlNodeId);
-MMREPL_FUNCTION(mmrepl_adopt_node, catalog::SqlAdoptNode);
+MMREPL_FUNCTION(mmrepl_adopt_node, worker::SqlAdoptNode);
 
 /* The queue. */
 MMREPL_FUNCTION(mmrepl_queued_changes, queue::SqlQueuedChanges);

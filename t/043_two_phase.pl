@@ -350,12 +350,11 @@ section 'nobody guesses' => sub {
 	like($refused, qr/ERROR:\s+2BP01: cannot drop extension mmrepl_bgw while transactions/,
 		'nor is the extension');
 	like($refused, qr/DETAIL:.*mmrepl_${node}_${stream}_1000000000/s, '... the gids are named');
-	foreach my $drop ('EXTENSION mmrepl_bgw', 'SERVER beta')
+	foreach my $command ('DROP EXTENSION mmrepl_bgw CASCADE', 'DROP SERVER beta CASCADE',
+		'SELECT mmrepl.adopt_node(force => true)')
 	{
-		my (undef, undef, $warning) =
-		  $alpha->psql('postgres', "BEGIN; DROP $drop CASCADE; ROLLBACK");
-		like($warning, qr/WARNING:.*(?:are left|stay prepared) at.*HINT:.*ROLLBACK PREPARED/s,
-			"CASCADE of $drop warns");
+		my (undef, undef, $warning) = $alpha->psql('postgres', "BEGIN; $command; ROLLBACK");
+		like($warning, qr/WARNING:.*(?:are left|stay prepared) at.*HINT:.*ROLLBACK PREPARED/s, "$command warns");
 	}
 	there("ROLLBACK PREPARED '$_'")
 	  foreach (split /\n/, there(q{SELECT gid FROM pg_prepared_xacts}));

@@ -156,9 +156,18 @@ pg_uuid_t NodeId();
  */
 bool NodeIsOurs();
 
-/* SQL: mmrepl.node_id(), mmrepl.adopt_node(moved, force). */
+/* Whether the database has an identity: a restored dump has none. */
+bool HasNode();
+
+/*
+ * Make the identity this database's own: the same one if it has moved here, else a new
+ * one, and nothing is queued any more.  Superusers only; raises if it is its own already,
+ * unless forced.  Returns it, palloc'd.
+ */
+pg_uuid_t *AdoptNode(bool moved, bool force);
+
+/* SQL: mmrepl.node_id(). */
 Datum SqlNodeId(FunctionCallInfo fcinfo);
-Datum SqlAdoptNode(FunctionCallInfo fcinfo);
 
 /* The role whose mapping a trigger made by hand uses: the table's owner. */
 Oid TableOwner(Oid table);

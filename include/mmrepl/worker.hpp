@@ -19,6 +19,7 @@ Datum SqlPause(FunctionCallInfo fcinfo);
 Datum SqlResume(FunctionCallInfo fcinfo);
 Datum SqlRetryNow(FunctionCallInfo fcinfo);
 Datum SqlAcceptPeer(FunctionCallInfo fcinfo);
+Datum SqlAdoptNode(FunctionCallInfo fcinfo);
 Datum SqlSkip(FunctionCallInfo fcinfo);
 Datum SqlDoubts(FunctionCallInfo fcinfo);
 

@@ -81,6 +81,12 @@ NodeId()
 }
 
 bool
+HasNode()
+{
+	return LoadIdentity();
+}
+
+bool
 NodeIsOurs()
 {
 	const Identity &node = GetIdentity();
@@ -152,7 +158,7 @@ CheckAdoption(bool force)
 	if (!superuser())
 		ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 						errmsg("must be superuser to change the identity of a node")));
-	if (!force && LoadIdentity() && NodeIsOurs())
+	if (!force && HasNode() && NodeIsOurs())
 		ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 						errmsg("this database is the one that its identity was made for"),
 						errdetail("It replicates already; its queue would be lost to its peers."),
@@ -160,22 +166,18 @@ CheckAdoption(bool force)
 								"mmrepl.adopt_node(force => true);")));
 }
 
-Datum
-SqlAdoptNode(FunctionCallInfo fcinfo)
+pg_uuid_t *
+AdoptNode(bool moved, bool force)
 {
-	bool moved = PG_GETARG_BOOL(0);
-	bool force = PG_GETARG_BOOL(1);
-	pg_uuid_t *id;
-
-	shmem::RequireReady();
 	CheckAdoption(force);
-	id = (pg_uuid_t *) palloc(sizeof(pg_uuid_t));
+	pg_uuid_t *id = (pg_uuid_t *) palloc(sizeof(pg_uuid_t));
+
 	*id = moved ? NodeId() : *DatumGetUUIDP(OidFunctionCall0(F_GEN_RANDOM_UUID));
 	WriteNode({*id, GetSystemIdentifier(), MyDatabaseId});
 	if (!moved)
 		EmptyQueue();
 	RelinkStreams(!moved);
-	PG_RETURN_UUID_P(id);
+	return id;
 }
 
 } // namespace mmrepl::catalog

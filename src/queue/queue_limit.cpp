@@ -31,13 +31,21 @@ TakeSlot(const catalog::StreamRow &row)
 }
 
 int
-RequireSlot(const catalog::StreamRow &row)
+AwaitSlot(const catalog::StreamRow &row)
 {
 	constexpr int kTries = 5;
 	int slot;
 
 	for (int i = 0; (slot = TakeSlot(row)) < 0 && i < kTries && shmem::AwaitLeaver(1000); i++)
 		;
+	return slot;
+}
+
+int
+RequireSlot(const catalog::StreamRow &row)
+{
+	int slot = AwaitSlot(row);
+
 	if (slot < 0)
 		ereport(ERROR, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
 						errmsg("too many servers are replicated to"),

@@ -120,18 +120,17 @@ MindPrepared(const Node *node)
 
 	if (gids == NULL)
 		return;
-	ereport(statement->behavior == DROP_CASCADE ? WARNING : ERROR,
-			(errcode(ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST),
-			 statement->behavior == DROP_CASCADE
-				 ? errmsg("prepared transactions of this database are left at its peers")
-				 : errmsg(
-					   "cannot drop extension mmrepl_bgw while transactions of this database are "
-					   "prepared at its peers"),
-			 errdetail("%s", gids),
-			 statement->behavior == DROP_CASCADE
-				 ? errhint("At the peer, COMMIT PREPARED or ROLLBACK PREPARED each of them.")
-				 : errhint("They are ended by the worker as soon as the peer is reached: see "
-						   "mmrepl.in_doubt.")));
+	if (statement->behavior == DROP_CASCADE)
+	{
+		WarnOfPrepared(gids);
+		return;
+	}
+	ereport(ERROR, (errcode(ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST),
+					errmsg("cannot drop extension mmrepl_bgw while transactions of this database "
+						   "are prepared at its peers"),
+					errdetail("%s", gids),
+					errhint("They are ended by the worker as soon as the peer is reached: see "
+							"mmrepl.in_doubt.")));
 }
 
 /* DROP EXTENSION, maybe ours: the workers have to see for themselves. */

@@ -210,6 +210,30 @@ PreparedAtPeers()
 	return gids.len > 0 ? gids.data : NULL;
 }
 
+void
+WarnOfPrepared(const char *gids)
+{
+	ereport(WARNING, (errcode(ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST),
+					  errmsg("prepared transactions of this database are left at its peers"),
+					  errdetail("%s", gids),
+					  errhint("At the peer, COMMIT PREPARED or ROLLBACK PREPARED each of them.")));
+}
+
+/* What the former node has prepared bears its name: the new one looks for its own. */
+Datum
+SqlAdoptNode(FunctionCallInfo fcinfo)
+{
+	bool moved = PG_GETARG_BOOL(0);
+
+	shmem::RequireReady();
+	char *gids = !moved && superuser() && catalog::HasNode() ? PreparedAtPeers() : NULL;
+	pg_uuid_t *id = catalog::AdoptNode(moved, PG_GETARG_BOOL(1));
+
+	if (gids != NULL)
+		WarnOfPrepared(gids);
+	PG_RETURN_UUID_P(id);
+}
+
 Datum
 SqlDoubts(FunctionCallInfo fcinfo)
 {

@@ -244,7 +244,7 @@ RunScout(Oid)
 		foreach(cell, catalog::AllStreams())
 		{
 			catalog::StreamRow *row = (catalog::StreamRow *) lfirst(cell);
-			if (queue::TakeSlot(*row) < 0)
+			if (queue::AwaitSlot(*row) < 0)
 				ereport(WARNING, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
 								  errmsg("mmrepl: stream %d cannot be served", row->id),
 								  errdetail("Its changes are queued and stay so."),

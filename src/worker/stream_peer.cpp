@@ -69,8 +69,22 @@ FollowNode(Session *session)
 	session->position_loaded = false;
 }
 
+/*
+ * The row is linked to another server: what the extension's servers are called
+ * elsewhere, after adopt_node() in an upgraded cluster or in a restored dump.  The
+ * slot is for the one that is gone; a scout takes another for the stream.
+ */
+pg_attribute_noreturn() static void MoveOut(Session *session)
+{
+	ereport(LOG, (errmsg("mmrepl: stream %d is linked to another server, its worker begins anew",
+						 session->stream)));
+	shmem::UnregisterStream(session->slot, session->epoch);
+	shmem::RequestScoutOf(MyDatabaseId);
+	proc_exit(0);
+}
+
 static void
-ReadConfiguration(Session *session)
+ReadStream(Session *session)
 {
 	catalog::StreamRow row = {};
 
@@ -79,11 +93,17 @@ ReadConfiguration(Session *session)
 	FollowNode(session);
 	if (!catalog::ReadStreamRow(session->stream, &row))
 		Retire(session);
+	if (row.server != session->server || row.owner != session->owner)
+		MoveOut(session);
 	queue::EnsureReady();
 	if (!session->position_loaded)
 		queue::Acknowledged(*session->shared, row.acked);
 	session->position_loaded = true;
+}
 
+static void
+ResolveTarget(Session *session)
+{
 	MemoryContextReset(session->config_context);
 	session->target = NULL;
 	session->target = InContext(session->config_context, [&] {
@@ -120,9 +140,12 @@ static void
 RequireOwnNode()
 {
 	if (!catalog::NodeIsOurs())
-		ereport(ERROR, (errcode(ERRCODE_MMREPL_WRONG_NODE),
-						errmsg("this database is a copy of another replication node"),
-						errhint("Run SELECT mmrepl.adopt_node() to make it a node of its own.")));
+		ereport(ERROR,
+				(errcode(ERRCODE_MMREPL_WRONG_NODE),
+				 errmsg("this database is a copy of another replication node"),
+				 errhint("Run SELECT mmrepl.adopt_node() to make it a node of its own, or SELECT "
+						 "mmrepl.adopt_node(moved => true) if the other is no more, as after "
+						 "pg_upgrade: what is queued is delivered then.")));
 }
 
 /* Follow changes of the configuration; a changed server means a new connection. */
@@ -137,10 +160,11 @@ Attend(Session *session)
 	uint32 before = session->target != NULL ? session->target->hash : 0;
 
 	InTransaction([&] {
-		ReadConfiguration(session);
+		ReadStream(session);
 		FollowRow(session);
 		queue::CountOldBacklog(*session->shared);
 		RequireOwnNode();
+		ResolveTarget(session);
 	});
 	if (session->conn != NULL && session->target->hash != before)
 		DropPeer(session);

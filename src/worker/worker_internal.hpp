@@ -240,6 +240,9 @@ bool RecoverPrepared(const RecoveryPlace &place, Leftovers *left, connection::Fa
 /* The gids of what may be prepared at peers, as far as is known here, one a line; NULL: nothing. */
 char *PreparedAtPeers();
 
+/* WARNING: nobody but the user will end them. */
+void WarnOfPrepared(const char *gids);
+
 /*
  * smart_shutdown.cpp: end peers' sessions when the server is stopping; returns
  * when to look again (0: when a peer has come).
