@@ -39,12 +39,12 @@ CheckCall(FunctionCallInfo fcinfo)
 	return data;
 }
 
-/* Whether this session's writes are not to be captured by the trigger. */
-static bool
-SkipsSession(const CapturedTable *table)
+/* An empty name is that of no application. */
+bool
+SkipsSession(const char *application)
 {
-	return table->skip_application != NULL && table->skip_application[0] != '\0' &&
-		   application_name != NULL && strcmp(table->skip_application, application_name) == 0;
+	return application != NULL && application[0] != '\0' && application_name != NULL &&
+		   strcmp(application, application_name) == 0;
 }
 
 /* The route of this transaction: mmrepl.mode overrides the pair. */
@@ -172,10 +172,10 @@ CaptureEvent(CapturedTable *table, TriggerData *data)
 	{
 		Target *target = &table->targets[i];
 
-		if (TRIGGER_FIRED_BY_TRUNCATE(data->tg_event))
-			Append(target, change::kTruncate, NULL, NULL);
-		else
+		if (!TRIGGER_FIRED_BY_TRUNCATE(data->tg_event))
 			CaptureRow(table, target, old_row, new_row);
+		else if (!target->inherited)
+			Append(target, change::kTruncate, NULL, NULL);
 	}
 }
 
@@ -190,15 +190,15 @@ SqlReplicate(FunctionCallInfo fcinfo)
 
 	CapturedTable *table = LookUp(data->tg_relation, data->tg_trigger);
 
-	if (table->n_targets > 0 && !SkipsSession(table))
+	if (table->n_targets > 0 && !SkipsSession(table->skip_application))
 		CaptureEvent(table, data);
 	PG_RETURN_POINTER(NULL);
 }
 
 /* ---- copies of whole tables ---- */
 
-/* Whether the function is mmrepl.replicate(). */
-static bool
+/* By its schema and name. */
+bool
 IsReplicate(Oid function)
 {
 	return get_func_namespace(function) == catalog::GetRelations().schema &&

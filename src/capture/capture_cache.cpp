@@ -216,6 +216,7 @@ static void
 BuildTarget(CapturedTable *table, Target *target, Relation rel, const catalog::Pair *pair)
 {
 	target->pair_id = pair->id;
+	target->inherited = pair->local_table != RelationGetRelid(rel);
 	target->route.server = pair->server;
 	target->route.owner = pair->owner;
 	target->route.server_name = pstrdup(pair->server_name);

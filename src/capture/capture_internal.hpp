@@ -15,7 +15,8 @@ namespace mmrepl::capture
 /* One pair that a trigger serves. */
 struct Target
 {
-	int32 pair_id; /* 0: a trigger made by hand */
+	int32 pair_id;	/* 0: a trigger made by hand */
+	bool inherited; /* from a partitioned table above, which sees TRUNCATE itself */
 	transaction::Route route;
 	change::RelationEncoder *encoder;
 	change::RelationEncoder *checked_encoder; /* for sync mode: with the old row */
@@ -45,6 +46,12 @@ struct CapturedTable
 
 /* The cached state for a relation and a trigger (NULL: the registered pairs'). */
 CapturedTable *LookUp(Relation rel, Trigger *trigger);
+
+/* Whether the function is mmrepl.replicate(). */
+bool IsReplicate(Oid function);
+
+/* Whether this session's writes are those of the application (NULL: of none), which a trigger skips. */
+bool SkipsSession(const char *application);
 
 void InitCache();
 void InitTruncateHook();

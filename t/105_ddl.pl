@@ -1,0 +1,138 @@
+# Bugs that were found once and must not come back, continued: commands that reach a
+# replicated table by a way that nobody had thought of.  Each part says what went wrong.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/lib";
+
+use MmreplCluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my ($alpha, $beta) = MmreplCluster->new_pair;
+
+sub here
+{
+	return $alpha->safe_psql('postgres', $_[0]);
+}
+
+sub there
+{
+	return $beta->safe_psql('postgres', $_[0]);
+}
+
+sub both
+{
+	return $alpha->create_table_on_both($beta, $_[0]);
+}
+
+sub synced
+{
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return $alpha->wait_caught_up('beta');
+}
+
+# Passes if the SQL fails with that message.
+sub refused
+{
+	my ($sql, $error, $name) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+
+	return like($alpha->fails('postgres', $sql), $error, $name);
+}
+
+# What psql says about SQL that succeeds.
+sub said
+{
+	my ($sql) = @_;
+	my ($ret, undef, $err) = $alpha->psql('postgres', $sql);
+
+	die "$sql: $err" if $ret != 0;
+	return $err;
+}
+
+# A trigger made by hand.
+sub trigger
+{
+	my ($name, $event, $level, $table) = @_;
+
+	return qq{CREATE TRIGGER $name AFTER $event ON $table FOR EACH $level
+		EXECUTE FUNCTION mmrepl.replicate('beta', 'public', '$table', 'app', 'async');};
+}
+
+###############################################################################
+
+# TRUNCATE ... CASCADE came to a partition by a foreign key of its own: its rows stayed
+# at the peer.
+section 'TRUNCATE that comes to a partition by a foreign key' => sub {
+	both(
+		q{CREATE TABLE ref (id int PRIMARY KEY);
+		  CREATE TABLE mid (id int PRIMARY KEY, r int REFERENCES ref);
+		  CREATE TABLE pt (id int PRIMARY KEY, r int) PARTITION BY RANGE (id);
+		  CREATE TABLE pt1 PARTITION OF pt FOR VALUES FROM (0) TO (100);
+		  CREATE TABLE pt2 PARTITION OF pt FOR VALUES FROM (100) TO (200);
+		  ALTER TABLE pt1 ADD FOREIGN KEY (r) REFERENCES mid});
+	$alpha->create_pair('pt', 'beta');
+	here('INSERT INTO ref VALUES (1); INSERT INTO mid VALUES (1, 1);
+		INSERT INTO pt VALUES (1, 1), (100, NULL)');
+	my $direct = qr/0A000: cannot truncate partition "pt1" of replicated table "pt"/;
+
+	refused("TRUNCATE $_ CASCADE", $direct, "$_ with CASCADE") foreach ('mid', 'ref');
+	refused('TRUNCATE pt1', $direct, 'by its own name');
+	is(here('SELECT count(*) FROM pt'), '2', 'nothing is gone');
+	here('TRUNCATE ref, pt CASCADE');
+	synced();
+	is(there('SELECT count(*) FROM pt'), '0', 'together with the replicated table it goes');
+	here('INSERT INTO pt VALUES (2)');
+	both('ALTER TABLE pt ADD FOREIGN KEY (r) REFERENCES mid');
+	here('TRUNCATE ref CASCADE');
+	synced();
+	is(there('SELECT count(*) FROM pt'), '0', 'also where CASCADE comes to the replicated table');
+};
+
+# Below a partitioned table with triggers made by hand it was not refused.
+section 'TRUNCATE of a partition below triggers made by hand' => sub {
+	both(
+		q{CREATE TABLE hand (id int PRIMARY KEY) PARTITION BY RANGE (id);
+		  CREATE TABLE hand1 PARTITION OF hand FOR VALUES FROM (0) TO (100)});
+	here(trigger('a_rows', 'INSERT OR UPDATE OR DELETE', 'ROW', 'hand'));
+	here('TRUNCATE hand1'); # without a trigger for it TRUNCATE is nobody's business
+	here(trigger('a_truncate', 'TRUNCATE', 'STATEMENT', 'hand'));
+	here('INSERT INTO hand VALUES (1)');
+	refused('TRUNCATE hand1', qr/0A000: cannot truncate partition "hand1" of replicated table "hand"/,
+		'it is refused');
+	here(q{SET application_name = 'app'; TRUNCATE hand1; INSERT INTO hand VALUES (1)});
+	here('ALTER TABLE hand DISABLE TRIGGER a_truncate; TRUNCATE hand1');
+	here('ALTER TABLE hand ENABLE TRIGGER a_truncate; TRUNCATE hand, hand1');
+	synced();
+	is(there('SELECT count(*) FROM hand'), '0', 'TRUNCATE of the table arrives');
+};
+
+# A TRUNCATE of a partition with a pair of its own was also sent to the peer of the
+# table above it, for the whole table.
+section 'TRUNCATE of a partition with a pair of its own' => sub {
+	$alpha->add_peer($beta, server => 'second');
+	both(
+		q{CREATE TABLE two (id int PRIMARY KEY) PARTITION BY RANGE (id);
+		  CREATE TABLE two1 PARTITION OF two FOR VALUES FROM (0) TO (100);
+		  CREATE TABLE two2 PARTITION OF two FOR VALUES FROM (100) TO (200);
+		  CREATE TABLE copy1 (id int PRIMARY KEY)});
+	$alpha->create_pair('two', 'beta');
+	$alpha->create_pair('two1', 'second', q{remote_table => 'copy1'});
+	here('INSERT INTO two VALUES (1), (100)');
+	refused('TRUNCATE two1', qr/0A000: cannot truncate partition "two1" of replicated table "two"/,
+		'it is refused');
+	synced();
+	is(there('SELECT count(*) FROM two'), '2', 'nothing is gone');
+	here('TRUNCATE two');
+	synced();
+	$alpha->wait_caught_up('second');
+	is(there('SELECT (SELECT count(*) FROM two) + (SELECT count(*) FROM copy1)'),
+		'0', 'TRUNCATE of the table arrives at both');
+	$alpha->poll_ok("SELECT truncates = 1 FROM mmrepl.pg_stat_mmrepl_pairs
+		WHERE local_table::text = 'two'", 'once');
+};
+
+done_testing();
