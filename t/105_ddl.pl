@@ -135,4 +135,21 @@ section 'TRUNCATE of a partition with a pair of its own' => sub {
 		WHERE local_table::text = 'two'", 'once');
 };
 
+# After DISABLE and ENABLE TRIGGER ALL a partition's trigger did not fire in sessions
+# with session_replication_role = replica, and nothing warned.
+section 'triggers of a partition are enabled again' => sub {
+	both(
+		q{CREATE TABLE en (id int PRIMARY KEY) PARTITION BY RANGE (id);
+		  CREATE TABLE en1 PARTITION OF en FOR VALUES FROM (0) TO (100)});
+	$alpha->create_pair('en', 'beta');
+	like(
+		said('ALTER TABLE en1 DISABLE TRIGGER ALL'),
+		qr/WARNING:  changes of table "en1" are not all captured: trigger "!mmrepl_capture" is disabled/,
+		'who disables them is warned');
+	is(said('ALTER TABLE en1 ENABLE TRIGGER ALL'), '', 'who enables them is not');
+	here(q{SET session_replication_role = replica; INSERT INTO en VALUES (1)});
+	synced();
+	$alpha->same_rows($beta, 'en');
+};
+
 done_testing();

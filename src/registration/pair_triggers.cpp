@@ -181,7 +181,7 @@ DropPairTriggers(Relation rel)
 	DropTrigger(triggers.truncate);
 }
 
-/* What a user disabled, or let fire in replica role only, stays so. */
+/* What a user disabled, or let fire in replica role only, stays so.  A partition's clones are its own here. */
 void
 KeepFiringAlways(Relation rel)
 {
@@ -193,8 +193,7 @@ KeepFiringAlways(Relation rel)
 	{
 		const Trigger &trigger = rel->trigdesc->triggers[i];
 
-		if (IsOurs(trigger, function) && !trigger.tgisclone &&
-			trigger.tgenabled == TRIGGER_FIRES_ON_ORIGIN)
+		if (IsOurs(trigger, function) && trigger.tgenabled == TRIGGER_FIRES_ON_ORIGIN)
 			names = lappend(names, pstrdup(trigger.tgname));
 	}
 	foreach(cell, names)
@@ -216,8 +215,7 @@ WarnOfDisabled(Relation rel)
 	{
 		const Trigger &trigger = triggers->triggers[i];
 
-		if (!IsOurs(trigger, function) || trigger.tgisclone ||
-			trigger.tgenabled == TRIGGER_FIRES_ALWAYS)
+		if (!IsOurs(trigger, function) || trigger.tgenabled == TRIGGER_FIRES_ALWAYS)
 			continue;
 		ereport(WARNING,
 				(errmsg("changes of table \"%s\" are not all captured: trigger \"%s\" is %s",
