@@ -106,6 +106,20 @@ OwnsRelation(Oid relation, Oid role)
 #endif
 }
 
+/* Whether this transaction has locked the relation against everybody (17: by OID). */
+inline bool
+HoldsExclusiveLock(Oid relation)
+{
+#if PG_VERSION_NUM >= 170000
+	return CheckRelationOidLockedByMe(relation, AccessExclusiveLock, false);
+#else
+	LOCKTAG tag;
+
+	SET_LOCKTAG_RELATION(tag, MyDatabaseId, relation);
+	return LockHeldByMe(&tag, AccessExclusiveLock);
+#endif
+}
+
 /* Whether the role owns the database, or is superuser (16: object_ownercheck). */
 inline bool
 OwnsDatabase(Oid database, Oid role)

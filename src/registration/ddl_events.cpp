@@ -69,7 +69,7 @@ HasCommand(const AlterTableStmt *statement, Predicate predicate)
 
 	foreach(cell, statement->cmds)
 	{
-		if (predicate(lfirst_node(AlterTableCmd, cell)->subtype))
+		if (predicate(*lfirst_node(AlterTableCmd, cell)))
 			return true;
 	}
 	return false;
@@ -77,9 +77,9 @@ HasCommand(const AlterTableStmt *statement, Predicate predicate)
 
 /* Whether the command switches triggers on or off. */
 bool
-IsAboutTriggers(AlterTableType type)
+IsAboutTriggers(const AlterTableCmd &command)
 {
-	switch (type)
+	switch (command.subtype)
 	{
 		case AT_EnableTrig:
 		case AT_EnableAlwaysTrig:
@@ -142,12 +142,13 @@ HasIdentityIndex(Oid table)
 }
 
 /*
- * The pairs of the database that have a filter (with the name in it, unless that is
- * NULL), or all whose key is a replica identity.  Those that do not capture may be in
- * any state: a restore is under way.
+ * Raise when one of the pairs of the database that the command concerns can no longer
+ * work; only their tables are locked.  Those that do not capture may be in any state:
+ * a restore is under way.
  */
+template <typename Predicate>
 void
-RevalidatePairs(bool with_filter, const char *name)
+RevalidatePairs(Predicate concerns)
 {
 	ListCell *cell;
 
@@ -155,8 +156,7 @@ RevalidatePairs(bool with_filter, const char *name)
 	{
 		const PairRow *row = (const PairRow *) lfirst(cell);
 
-		if (!row->enabled ||
-			!(with_filter ? HasFilterWith(*row, name) : HasIdentityIndex(row->table)))
+		if (!row->enabled || !concerns(*row))
 			continue;
 
 		Relation rel = try_relation_open(row->table, AccessShareLock);
@@ -167,6 +167,13 @@ RevalidatePairs(bool with_filter, const char *name)
 			RevalidatePair(rel, *row);
 		relation_close(rel, NoLock);
 	}
+}
+
+/* The pairs with a filter that may name something with this name (NULL: all that have one). */
+void
+RevalidateFilters(const char *name)
+{
+	RevalidatePairs([&](const PairRow &row) { return HasFilterWith(row, name); });
 }
 
 /* Whether a filter may name an object of the kind, or name another one in its schema. */
@@ -195,13 +202,23 @@ void
 OnFunction(const List *name)
 {
 	if (catalog::ExtensionExists())
-		RevalidatePairs(true, strVal(llast(name)));
+		RevalidateFilters(strVal(llast(name)));
+}
+
+/* ALTER TYPE: its typed tables, which CASCADE has locked, are other ones now. */
+void
+OnAlterType()
+{
+	if (catalog::ExtensionExists())
+		RevalidatePairs([](const PairRow &row) { return HoldsExclusiveLock(row.table); });
 }
 
 /* ALTER TABLE: nothing that a pair needs may go, and what is enabled is enabled always. */
 void
 OnAlterTable(const AlterTableStmt *statement)
 {
+	if (statement->objtype == OBJECT_TYPE)
+		OnAlterType();
 	if (statement->objtype != OBJECT_TABLE || !catalog::ExtensionExists())
 		return;
 	WithRelation(statement->relation, [&](Relation rel) {
@@ -211,7 +228,9 @@ OnAlterTable(const AlterTableStmt *statement)
 			WarnOfDisabled(rel);
 		}
 		RevalidatePairsBelow(RelationGetRelid(rel));
-		if (HasCommand(statement, [](AlterTableType type) { return type == AT_ChangeOwner; }))
+		if (HasCommand(statement, [](const AlterTableCmd &command) {
+				return command.subtype == AT_ChangeOwner;
+			}))
 			RevalidateHandTriggers(rel);
 	});
 }
@@ -371,19 +390,43 @@ OnRename(const RenameStmt *statement)
 	else if (statement->renameType == OBJECT_FOREIGN_SERVER)
 		OnRenameServer(statement);
 	else if (IsOfFilters(statement->renameType) && catalog::ExtensionExists())
-		RevalidatePairs(true, NULL);
+		RevalidateFilters(NULL);
+}
+
+/* Whether the command may have dropped more than it names: an object in a schema, maybe. */
+bool
+MayCascade(const Node *command)
+{
+	if (command == NULL)
+		return true;
+	if (IsA(command, DropStmt))
+		return ((const DropStmt *) command)->behavior == DROP_CASCADE;
+	if (IsA(command, AlterTableStmt))
+		return HasCommand((const AlterTableStmt *) command, [](const AlterTableCmd &each) {
+			return each.subtype == AT_DropColumn || each.behavior == DROP_CASCADE;
+		});
+	return true;
 }
 
 } // namespace
 
-/* A primary key is a constraint: nothing but ALTER TABLE takes it away. */
+/*
+ * Who drops a column or an index has locked its table.  Nothing depends on what a
+ * filter names; what is not the server's own is written there with its schema.
+ */
 void
-RevalidateAfterDrop(ObjectType type)
+RevalidateAfterDrop(const Node *command)
 {
-	if (type == OBJECT_INDEX)
-		RevalidatePairs(false, NULL);
-	else if (IsOfFilters(type))
-		RevalidatePairs(true, NULL);
+	bool drop = command != NULL && IsA(command, DropStmt);
+	ObjectType type = drop ? ((const DropStmt *) command)->removeType : OBJECT_TABLE;
+	bool any = drop && IsOfFilters(type);
+	bool qualified = MayCascade(command);
+
+	RevalidatePairs([&](const PairRow &row) {
+		return HoldsExclusiveLock(row.table) || (any && HasFilterWith(row, NULL)) ||
+			   (qualified && HasFilterWith(row, ".")) ||
+			   (type == OBJECT_INDEX && HasIdentityIndex(row.table));
+	});
 }
 
 /* SQL: event trigger mmrepl_ddl_end. */
@@ -413,7 +456,7 @@ SqlOnDdlEnd(FunctionCallInfo fcinfo)
 		case T_AlterObjectSchemaStmt:
 			if (IsOfFilters(((const AlterObjectSchemaStmt *) command)->objectType) &&
 				catalog::ExtensionExists())
-				RevalidatePairs(true, NULL);
+				RevalidateFilters(NULL);
 			break;
 		case T_AlterFunctionStmt: /* it may be volatile now */
 			OnFunction(((const AlterFunctionStmt *) command)->func->objname);

@@ -262,12 +262,10 @@ SqlOnDrop(FunctionCallInfo fcinfo)
 		PG_RETURN_VOID();
 	RemovePairsWithoutTable();
 	RemoveWhatServersLeft(command);
-	if (command != NULL && IsA(command, DropStmt))
-	{
-		if (((const DropStmt *) command)->removeType == OBJECT_TRIGGER)
-			OnDropTrigger((const DropStmt *) command);
-		RevalidateAfterDrop(((const DropStmt *) command)->removeType);
-	}
+	if (command != NULL && IsA(command, DropStmt) &&
+		((const DropStmt *) command)->removeType == OBJECT_TRIGGER)
+		OnDropTrigger((const DropStmt *) command);
+	RevalidateAfterDrop(command);
 	PG_RETURN_VOID();
 }
 

@@ -147,10 +147,10 @@ void WarnOfDisabled(Relation rel);
 /* ---- ddl_events.cpp ---- */
 
 /*
- * After DROP of objects of that kind: raise when it took what the row filter of a
- * pair needs, or the index that is the key of a pair's table.
+ * After a command that has dropped something: raise when it took the key of a pair's
+ * table, a column that a pair names, or what a pair's row filter needs.
  */
-void RevalidateAfterDrop(ObjectType type);
+void RevalidateAfterDrop(const Node *command);
 
 /* ---- hand_triggers.cpp ---- */
 
