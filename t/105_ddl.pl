@@ -228,4 +228,37 @@ section 'what a pair needs is dropped by CASCADE' => sub {
 	here(q{SELECT mmrepl.drop_pair('of_owned', 'beta'); DROP DOMAIN owned CASCADE});
 };
 
+# A column of a typed table is renamed by way of its type: the map did not follow.
+section 'a typed table is renamed a column of' => sub {
+	both(
+		q{CREATE TYPE renamed AS (id int, v text);
+		  CREATE TABLE of_renamed OF renamed (PRIMARY KEY (id));
+		  CREATE TABLE parts OF renamed (PRIMARY KEY (id)) PARTITION BY RANGE (id);
+		  CREATE TABLE parts1 PARTITION OF parts FOR VALUES FROM (0) TO (100);
+		  CREATE TABLE parts2 PARTITION OF parts FOR VALUES FROM (100) TO (200)});
+	$alpha->create_pair('of_renamed', 'beta', q{row_filter => $$v <> 'no'$$});
+	$alpha->create_pair($_, 'beta') foreach ('parts1', 'parts2');
+	my $said = said('ALTER TYPE renamed RENAME ATTRIBUTE v TO w CASCADE');
+
+	is(scalar(() = $said =~ /NOTICE:  pair \d+ still replicates column "w" to column "v"/g),
+		3, 'the pairs follow, and say so');
+	here(q{INSERT INTO of_renamed VALUES (1, 'yes'), (2, 'no'); INSERT INTO parts VALUES (1, 'x'), (100, 'y')});
+	synced();
+	is(there('SELECT id, v FROM of_renamed'), '1|yes', 'the rows arrive');
+	is(there('SELECT count(v) FROM parts'), '2', 'those of partitions, too');
+	here('ALTER TYPE renamed RENAME ATTRIBUTE w TO v CASCADE');
+
+	# What a filter names inside of a column does not follow.
+	both('CREATE TABLE spot (x int); CREATE TABLE nested (id int PRIMARY KEY, s spot)');
+	$alpha->create_pair('nested', 'beta', q{row_filter => '(s).x > 0'});
+	my $inside = qr/column "x" not found in data type public.spot/;
+
+	refused('ALTER TABLE spot RENAME x TO y', $inside, 'a column of the table that is its type');
+	refused('ALTER TABLE spot DROP COLUMN x', $inside, 'the same, dropped');
+	refused('ALTER TYPE addr RENAME ATTRIBUTE city TO town',
+		qr/column "city" not found in data type public.addr/, 'an attribute of its type');
+	is(here(q{SELECT count(*) FROM mmrepl.pairs WHERE column_map IS NOT NULL
+		AND local_table::text ~ 'renamed|parts'}), '0', 'and back');
+};
+
 done_testing();

@@ -293,18 +293,68 @@ RenameColumn(Oid table, const char *old_name, const char *new_name)
 	relation_close(rel, NoLock);
 }
 
+/* The pairs of a table, and of those below it, follow the rename of a column. */
+void
+RenameColumnBelow(Oid table, const RenameStmt *statement)
+{
+	ListCell *cell;
+
+	foreach(cell, find_all_inheritors(table, NoLock, NULL))
+		RenameColumn(lfirst_oid(cell), statement->subname, statement->newname);
+}
+
+/* The typed tables (CREATE TABLE ... OF) of a composite type. */
+List *
+TablesOfType(Oid type)
+{
+	Relation classes = table_open(RelationRelationId, AccessShareLock);
+	List *tables = NIL;
+	ScanKeyData key;
+	HeapTuple tuple;
+
+	ScanKeyInit(&key, Anum_pg_class_reloftype, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(type));
+
+	SysScanDesc scan = systable_beginscan(classes, InvalidOid, false, NULL, 1, &key);
+
+	while (HeapTupleIsValid(tuple = systable_getnext(scan)))
+		tables = lappend_oid(tables, ((Form_pg_class) GETSTRUCT(tuple))->oid);
+	systable_endscan(scan);
+	table_close(classes, AccessShareLock);
+	return tables;
+}
+
+/* A filter may name the column or attribute inside of another column; it does not follow. */
+void
+RevalidateFiltersInside(const char *name)
+{
+	RevalidateFilters(psprintf(".%s", quote_identifier(name)));
+}
+
 /* ALTER TABLE ... RENAME COLUMN. */
 void
 OnRenameColumn(const RenameStmt *statement)
 {
 	if (statement->relationType != OBJECT_TABLE || !catalog::ExtensionExists())
 		return;
-	WithRelation(statement->relation, [&](Relation rel) {
+	WithRelation(statement->relation,
+				 [&](Relation rel) { RenameColumnBelow(RelationGetRelid(rel), statement); });
+	RevalidateFiltersInside(statement->subname);
+}
+
+/* ALTER TYPE ... RENAME ATTRIBUTE: with CASCADE the type's tables are renamed a column of. */
+void
+OnRenameAttribute(const RenameStmt *statement)
+{
+	if (!catalog::ExtensionExists())
+		return;
+	WithRelation(statement->relation, [&](Relation type) {
 		ListCell *cell;
 
-		foreach(cell, find_all_inheritors(RelationGetRelid(rel), NoLock, NULL))
-			RenameColumn(lfirst_oid(cell), statement->subname, statement->newname);
+		foreach(cell, TablesOfType(type->rd_rel->reltype))
+			RenameColumnBelow(lfirst_oid(cell), statement);
 	});
+	RevalidateFiltersInside(statement->subname);
 }
 
 /* The first trigger made by hand that names the server; InvalidOid: there is none. */
@@ -387,6 +437,8 @@ OnRename(const RenameStmt *statement)
 {
 	if (statement->renameType == OBJECT_COLUMN)
 		OnRenameColumn(statement);
+	else if (statement->renameType == OBJECT_ATTRIBUTE)
+		OnRenameAttribute(statement);
 	else if (statement->renameType == OBJECT_FOREIGN_SERVER)
 		OnRenameServer(statement);
 	else if (IsOfFilters(statement->renameType) && catalog::ExtensionExists())
