@@ -152,6 +152,54 @@ section 'triggers of a partition are enabled again' => sub {
 	$alpha->same_rows($beta, 'en');
 };
 
+# The key was looked for at the partition, which may have none of its own: a table that
+# was accepted could not be written to.
+section 'partitions without a key of their own' => sub {
+	both(
+		q{CREATE TABLE ident (v text, id int NOT NULL) PARTITION BY RANGE (id);
+		  CREATE UNIQUE INDEX ident_key ON ident (id);
+		  ALTER TABLE ident REPLICA IDENTITY USING INDEX ident_key;
+		  CREATE TABLE ident1 (id int NOT NULL, gone int, v text);
+		  ALTER TABLE ident1 DROP COLUMN gone;
+		  ALTER TABLE ident ATTACH PARTITION ident1 FOR VALUES FROM (0) TO (100);
+		  CREATE TABLE ident2 (LIKE ident, PRIMARY KEY (v, id));
+		  ALTER TABLE ident ATTACH PARTITION ident2 FOR VALUES FROM (100) TO (200)});
+	both(
+		q{CREATE TABLE byhand (id int NOT NULL, v text) PARTITION BY RANGE (id);
+		  CREATE UNIQUE INDEX byhand_key ON byhand (id);
+		  ALTER TABLE byhand REPLICA IDENTITY USING INDEX byhand_key;
+		  CREATE TABLE byhand0 PARTITION OF byhand FOR VALUES FROM (0) TO (1000)
+			  PARTITION BY RANGE (id);
+		  CREATE TABLE byhand1 PARTITION OF byhand0 FOR VALUES FROM (0) TO (100)});
+	$alpha->create_pair('ident', 'beta');
+	here(trigger('a_rows', 'INSERT OR UPDATE OR DELETE', 'ROW', 'byhand'));
+	foreach my $table ('ident', 'byhand')
+	{
+		here("INSERT INTO $table (id, v) SELECT g, 'x' FROM generate_series(1, 9) g");
+		here("INSERT INTO ident VALUES ('x', 101), ('x', 102)") if $table eq 'ident';
+		synced();
+		here("UPDATE $table SET v = 'y' WHERE id % 2 = 0; UPDATE $table SET id = 20 WHERE id = 3;
+			DELETE FROM $table WHERE id = 5");
+		synced();
+		$alpha->same_rows($beta, $table);
+	}
+	is(there('SELECT sum(conflicts) FROM mmrepl.progress'), '0', 'without a conflict');
+	here('ALTER TABLE byhand1 OWNER TO CURRENT_USER; INSERT INTO byhand VALUES (50)');
+	refused('ALTER TABLE ident REPLICA IDENTITY FULL', qr/MM\d+: cannot replicate "ident"/,
+		'what counts is the key of the table above');
+
+	# A partition that comes with a unique constraint instead.
+	both(
+		q{CREATE TABLE pu (id int PRIMARY KEY, v text) PARTITION BY RANGE (id);
+		  CREATE TABLE pu1 (id int NOT NULL UNIQUE, v text)});
+	$alpha->create_pair('pu', 'beta');
+	both('ALTER TABLE pu ATTACH PARTITION pu1 FOR VALUES FROM (0) TO (100)');
+	here(q{INSERT INTO pu VALUES (1, 'a'), (2, 'a'); UPDATE pu SET v = 'b' WHERE id = 2;
+		DELETE FROM pu WHERE id = 1});
+	synced();
+	$alpha->same_rows($beta, 'pu');
+};
+
 # Only ALTER TABLE, and DROP of the index, were refused when they took the key or a column
 # of a pair; after others every write failed.
 section 'what a pair needs is dropped by CASCADE' => sub {

@@ -89,6 +89,38 @@ KeyColumns(Relation rel)
 	return key;
 }
 
+/* The relation's columns with the names of these, which are columns of a partitioned table above it. */
+static Bitmapset *
+SameNames(Relation rel, Relation above, const Bitmapset *columns)
+{
+	Bitmapset *same = NULL;
+	int member = -1;
+
+	while ((member = bms_next_member(columns, member)) >= 0)
+	{
+		AttrNumber attnum = member + FirstLowInvalidHeapAttributeNumber;
+		const char *name = NameStr(TupleDescAttr(RelationGetDescr(above), attnum - 1)->attname);
+
+		same = bms_add_member(same, get_attnum(RelationGetRelid(rel), name) -
+										FirstLowInvalidHeapAttributeNumber);
+	}
+	return same;
+}
+
+/* The key is that of the table that the pair names: a partition may have another one, or none. */
+static Bitmapset *
+KeyOf(Relation rel, const catalog::Pair *pair)
+{
+	if (pair->local_table == RelationGetRelid(rel))
+		return KeyColumns(rel);
+
+	Relation named = relation_open(pair->local_table, AccessShareLock);
+	Bitmapset *key = SameNames(rel, named, KeyColumns(named));
+
+	relation_close(named, AccessShareLock);
+	return key;
+}
+
 static bool
 ListHasName(List *names, const char *name)
 {
@@ -139,7 +171,7 @@ static int
 ChooseColumns(Relation rel, const catalog::Pair *pair, change::ColumnSpec *columns)
 {
 	TupleDesc desc = RelationGetDescr(rel);
-	Bitmapset *key = KeyColumns(rel);
+	Bitmapset *key = KeyOf(rel, pair);
 	int count = 0;
 
 	CheckColumnsExist(rel, pair);
@@ -227,6 +259,32 @@ BuildTarget(CapturedTable *table, Target *target, Relation rel, const catalog::P
 	BuildFilter(table, target, rel, pair->row_filter);
 }
 
+/* The table that the trigger was made on: its partitions have clones. */
+static Oid
+TableOfTrigger(const Trigger *trigger)
+{
+	Relation triggers = table_open(TriggerRelationId, AccessShareLock);
+	Oid oid = trigger->tgoid;
+	Oid table = InvalidOid;
+
+	while (OidIsValid(oid))
+	{
+		ScanKeyData key;
+
+		ScanKeyInit(&key, Anum_pg_trigger_oid, BTEqualStrategyNumber, F_OIDEQ,
+					ObjectIdGetDatum(oid));
+		SysScanDesc scan = systable_beginscan(triggers, TriggerOidIndexId, true, NULL, 1, &key);
+		HeapTuple tuple = systable_getnext(scan);
+
+		MmreplEnsure(HeapTupleIsValid(tuple), "trigger %u is gone", oid);
+		table = ((Form_pg_trigger) GETSTRUCT(tuple))->tgrelid;
+		oid = ((Form_pg_trigger) GETSTRUCT(tuple))->tgparentid;
+		systable_endscan(scan);
+	}
+	table_close(triggers, AccessShareLock);
+	return table;
+}
+
 /* The pair that the five arguments of a trigger made by hand describe. */
 static catalog::Pair *
 PairOfTrigger(Relation rel, const Trigger *trigger)
@@ -234,7 +292,7 @@ PairOfTrigger(Relation rel, const Trigger *trigger)
 	catalog::Pair *pair = (catalog::Pair *) palloc0(sizeof(catalog::Pair));
 	char **args = trigger->tgargs;
 
-	pair->local_table = RelationGetRelid(rel);
+	pair->local_table = trigger->tgisclone ? TableOfTrigger(trigger) : RelationGetRelid(rel);
 	pair->server_name = args[0];
 	pair->server = get_foreign_server_oid(args[0], false);
 	pair->owner = catalog::TableOwner(RelationGetRelid(rel));
@@ -261,13 +319,11 @@ CheckTriggerArguments(const Trigger *trigger)
 
 /* Pairs of the table and of the partitioned tables above it. */
 static List *
-PairsWithAncestors(CapturedTable *table, Relation rel)
+PairsWithAncestors(const CapturedTable *table, Relation rel)
 {
 	List *pairs = catalog::PairsOf(RelationGetRelid(rel));
 	ListCell *cell;
 
-	if (rel->rd_rel->relispartition)
-		table->ancestors = get_partition_ancestors(RelationGetRelid(rel));
 	foreach(cell, table->ancestors)
 		pairs = list_concat(pairs, catalog::PairsOf(lfirst_oid(cell)));
 	return pairs;
@@ -279,6 +335,8 @@ BuildTable(CapturedTable *table, Relation rel, Trigger *trigger)
 	List *pairs;
 	ListCell *cell;
 
+	if (rel->rd_rel->relispartition)
+		table->ancestors = get_partition_ancestors(RelationGetRelid(rel));
 	if (trigger != NULL && trigger->tgnargs > 0)
 	{
 		CheckTriggerArguments(trigger);

@@ -274,7 +274,10 @@ RequireNoHandTrigger(Relation rel, const PairRow &row)
 	}
 }
 
-/* A disabled trigger may be in any state.  The owner's mapping is looked at as well. */
+/*
+ * A disabled trigger may be in any state.  The owner's mapping is looked at as well.
+ * A clone in a partition goes by the key of the table that the trigger was made on.
+ */
 void
 RevalidateHandTriggers(Relation rel)
 {
@@ -290,7 +293,8 @@ RevalidateHandTriggers(Relation rel)
 			trigger->tgnargs != kArguments || trigger->tgenabled == TRIGGER_DISABLED)
 			continue;
 		RequireReplicable(rel);
-		(void) RequireKey(rel);
+		if (!trigger->tgisclone)
+			(void) RequireKey(rel);
 		(void) StreamOf(rel, trigger, &server);
 		WakeLauncher();
 	}
