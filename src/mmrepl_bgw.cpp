@@ -8,6 +8,7 @@
 #include "mmrepl/connection.hpp"
 #include "mmrepl/fault.hpp"
 #include "mmrepl/guc.hpp"
+#include "mmrepl/registration.hpp"
 #include "mmrepl/shmem.hpp"
 #include "mmrepl/stats.hpp"
 #include "mmrepl/transaction.hpp"
@@ -39,6 +40,7 @@ _PG_init(void)
 												  mmrepl::fault::InitShared));
 	mmrepl::shmem::Init();
 	mmrepl::capture::Init();
+	mmrepl::registration::Init();
 	mmrepl::transaction::Init();
 	mmrepl::worker::Init();
 }

@@ -309,4 +309,42 @@ section 'a typed table is renamed a column of' => sub {
 		AND local_table::text ~ 'renamed|parts'}), '0', 'and back');
 };
 
+# The error was one of PostgreSQL about a trigger that nobody had made.
+section 'a table with a pair becomes a partition' => sub {
+	both(
+		q{CREATE TABLE at (id int PRIMARY KEY) PARTITION BY RANGE (id);
+		  CREATE TABLE at1 (id int PRIMARY KEY);
+		  CREATE TABLE at2 (id int PRIMARY KEY) PARTITION BY RANGE (id);
+		  CREATE TABLE at21 PARTITION OF at2 FOR VALUES FROM (100) TO (200);
+		  CREATE TABLE copy21 (id int PRIMARY KEY);
+		  CREATE TABLE plain (id int PRIMARY KEY) PARTITION BY RANGE (id);
+		  CREATE TABLE plain1 (id int PRIMARY KEY)});
+	$alpha->create_pair($_, 'beta') foreach ('at', 'at1', 'at21', 'plain1');
+	my $again = q{SELECT mmrepl.create_pair('at21', 'second', remote_table => 'copy21')};
+
+	foreach my $case ([ 'at1', 'at1', '0) TO (100', '' ], [ 'at2', 'at21', '100) TO (200', $again ])
+	{
+		my ($table, $with_pair, $bounds, $then) = @$case;
+		my $attach = "ALTER TABLE at ATTACH PARTITION $table FOR VALUES FROM ($bounds)";
+
+		refused($attach, qr/cannot attach "$table".*"$with_pair" has a pair of its own.*HINT:.*drop_pair/s,
+			"$table is refused");
+		here("BEGIN; SELECT mmrepl.drop_pair('$with_pair', 'beta'); $attach; $then; COMMIT");
+		there($attach);
+	}
+	here('INSERT INTO at VALUES (1), (100)');
+	here('ALTER TABLE plain ATTACH PARTITION plain1 FOR VALUES FROM (0) TO (100)');
+	both('TRUNCATE plain');
+	here('INSERT INTO plain VALUES (1)');
+	synced();
+	$alpha->same_rows($beta, 'at');
+	$alpha->wait_caught_up('second');
+	is(there('SELECT id FROM copy21'), '100', 'a pair of the partition is captured by the clone');
+	is(there('SELECT count(*) FROM plain1'), '1', 'nothing above it: the pair goes on');
+	refused("SELECT mmrepl.create_pair('plain1', 'second', remote_table => '$_')",
+		qr/42602: invalid remote_table: "\Q$_\E".*HINT:  Write remote_table => 'schema.table'/s,
+		"remote_table => '$_'")
+	  foreach ('', 'a.', 'a b');
+};
+
 done_testing();

@@ -19,6 +19,9 @@
 namespace mmrepl::registration
 {
 
+/* Watch commands that PostgreSQL would refuse without saying why; called from _PG_init. */
+void Init();
+
 /* SQL: mmrepl.create_pair(), alter_pair(), drop_pair(). */
 Datum SqlCreatePair(FunctionCallInfo fcinfo);
 Datum SqlAlterPair(FunctionCallInfo fcinfo);

@@ -87,24 +87,6 @@ CheckArguments(const Trigger *trigger)
 						errhint("Available values: 'async', 'sync'.")));
 }
 
-/* Whether a pair of the table or of a partitioned table above it is registered. */
-bool
-HasPairs(Relation rel)
-{
-	ListCell *cell;
-
-	if (PairRowsOfTable(RelationGetRelid(rel)) != NIL)
-		return true;
-	if (!rel->rd_rel->relispartition)
-		return false;
-	foreach(cell, get_partition_ancestors(RelationGetRelid(rel)))
-	{
-		if (PairRowsOfTable(lfirst_oid(cell)) != NIL)
-			return true;
-	}
-	return false;
-}
-
 /* A trigger without arguments: at most one for each event, and of use only with a pair. */
 void
 RegisterWithoutArguments(Relation rel, const Trigger *trigger)
@@ -115,7 +97,7 @@ RegisterWithoutArguments(Relation rel, const Trigger *trigger)
 		(OidIsValid(triggers.row) ? 1 : 0) + (OidIsValid(triggers.truncate) ? 1 : 0))
 		Refuse(trigger, "Another trigger captures changes for the table's pairs already.",
 			   "Leave it to mmrepl.create_pair() to make the triggers.");
-	if (!HasPairs(rel))
+	if (!IsInPairs(RelationGetRelid(rel)))
 		ereport(WARNING, (errmsg("trigger \"%s\" captures nothing yet: table \"%s\" is in no pair",
 								 trigger->tgname, RelationGetRelationName(rel)),
 						  errhint("SELECT mmrepl.create_pair(%s, 'server');",

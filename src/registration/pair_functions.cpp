@@ -148,19 +148,27 @@ ReadOptions(FunctionCallInfo fcinfo, bool altering)
 	return options;
 }
 
+/* Raise because the text names no remote table. */
+[[noreturn]] void
+RefuseRemoteName(const char *text, const char *detail)
+{
+	ereport(ERROR, (errcode(ERRCODE_INVALID_NAME), errmsg("invalid remote_table: \"%s\"", text),
+					errdetail("%s", detail), errhint("Write remote_table => 'schema.table'.")));
+}
+
 /* Split "table" or "schema.table", quoted as in SQL, into the row. */
 void
 SetRemoteName(PairRow *row, const char *text, const char *default_schema)
 {
-	List *names = textToQualifiedNameList(cstring_to_text(text));
+	List *names;
 
+	if (!SplitIdentifierString(pstrdup(text), '.', &names) || names == NIL)
+		RefuseRemoteName(text, "It is not the name of a table.");
 	if (list_length(names) > 2)
-		ereport(ERROR, (errcode(ERRCODE_INVALID_NAME), errmsg("invalid remote_table: \"%s\"", text),
-						errdetail("The database is the server's."),
-						errhint("Write remote_table => 'schema.table'.")));
+		RefuseRemoteName(text, "The database is the server's.");
 	row->remote_schema =
-		list_length(names) == 2 ? strVal(linitial(names)) : pstrdup(default_schema);
-	row->remote_table = strVal(llast(names));
+		list_length(names) == 2 ? (const char *) linitial(names) : pstrdup(default_schema);
+	row->remote_table = (const char *) llast(names);
 }
 
 /* Put the options into the row; the filter in the form in which it is stored. */

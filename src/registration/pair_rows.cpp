@@ -290,6 +290,24 @@ AllPairRows()
 	return ScanPairs(NULL, 0);
 }
 
+/* Whether the pair is enabled does not matter. */
+bool
+IsInPairs(Oid table)
+{
+	ListCell *cell;
+
+	if (PairRowsOfTable(table) != NIL)
+		return true;
+	if (!get_rel_relispartition(table))
+		return false;
+	foreach(cell, get_partition_ancestors(table))
+	{
+		if (PairRowsOfTable(lfirst_oid(cell)) != NIL)
+			return true;
+	}
+	return false;
+}
+
 /* Gives the row its id. */
 void
 InsertPairRow(PairRow *row)

@@ -37,6 +37,8 @@ struct PairRow
 bool FindPairRow(Oid table, const char *server, PairRow *row);
 List *PairRowsOfTable(Oid table); /* of PairRow * */
 List *AllPairRows();
+/* Whether a pair of the table, or of a partitioned table above it, is registered. */
+bool IsInPairs(Oid table);
 
 /* Write, invalidate what caches know of the table, and make it visible to this command. */
 void InsertPairRow(PairRow *row);
