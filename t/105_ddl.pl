@@ -218,6 +218,10 @@ section 'what a pair needs is dropped by CASCADE' => sub {
 		  CREATE TABLE filtered (id int PRIMARY KEY, v text);
 		  CREATE TABLE inside (id int PRIMARY KEY, a addr);
 		  CREATE TABLE of_owned (id owned PRIMARY KEY, v text);
+		  CREATE OPERATOR CLASS own_ops FOR TYPE int USING btree AS OPERATOR 1 <, OPERATOR 2 <=,
+			  OPERATOR 3 =, OPERATOR 4 >=, OPERATOR 5 >, FUNCTION 1 btint4cmp(int, int);
+		  CREATE TABLE of_class (id int NOT NULL); CREATE UNIQUE INDEX by_class ON of_class (id own_ops);
+		  ALTER TABLE of_class REPLICA IDENTITY USING INDEX by_class;
 		  CREATE TABLE untouched (id int PRIMARY KEY, v types.key)});
 	there(
 		q{CREATE SCHEMA types; CREATE DOMAIN types.key AS int; CREATE DOMAIN owned AS int;
@@ -227,8 +231,9 @@ section 'what a pair needs is dropped by CASCADE' => sub {
 		  CREATE TABLE computed (id int PRIMARY KEY, a int, b int);
 		  CREATE TABLE filtered (id int PRIMARY KEY, v text);
 		  CREATE TABLE of_owned (id owned PRIMARY KEY, v text);
+		  CREATE TABLE of_class (id int PRIMARY KEY);
 		  CREATE TABLE untouched (id int PRIMARY KEY, v types.key)});
-	$alpha->create_pair($_, 'beta') foreach ('of_domain', 'of_owned', 'untouched');
+	$alpha->create_pair($_, 'beta') foreach ('of_domain', 'of_owned', 'of_class', 'untouched');
 	$alpha->create_pair('of_type', 'beta', q{row_filter => 'n IS NULL OR n <> 0'});
 	$alpha->create_pair('inside', 'beta', q{row_filter => $$(a).city <> ''$$});
 	$alpha->create_pair('computed', 'beta', q{columns => '{id,a,b}'});
@@ -242,6 +247,7 @@ section 'what a pair needs is dropped by CASCADE' => sub {
 		[ 'ALTER TYPE row_type ALTER ATTRIBUTE n TYPE text CASCADE',
 			qr/operator does not exist: text <> integer/ ],
 		[ 'ALTER TYPE addr DROP ATTRIBUTE city', qr/column "city" not found in data type public.addr/ ],
+		[ 'DROP OPERATOR CLASS own_ops USING btree CASCADE', $no_key ],
 		[ 'DROP TYPE owned CASCADE', $no_key ],
 		[ 'DROP FUNCTION twice CASCADE', qr/42703: column "b" of table "computed" does not exist/ ],
 		[ 'ALTER FUNCTION wanted(int) OWNER TO CURRENT_USER; DROP OWNED BY dropper CASCADE', $no_key ],
@@ -345,6 +351,24 @@ section 'a table with a pair becomes a partition' => sub {
 		qr/42602: invalid remote_table: "\Q$_\E".*HINT:  Write remote_table => 'schema.table'/s,
 		"remote_table => '$_'")
 	  foreach ('', 'a.', 'a b');
+};
+
+# Row triggers fire in the order of their names, and one that changes the row again has its
+# version captured before the first one, when it comes first.
+section 'a trigger that sorts before ours' => sub {
+	both('CREATE TABLE sorts (id int PRIMARY KEY, v text)');
+	here(q{CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+		CREATE TRIGGER "!first" AFTER UPDATE ON sorts FOR EACH ROW EXECUTE FUNCTION nothing()});
+	my $warning = qr/WARNING:  trigger "([^"]+)" of table "sorts" fires before changes are captured.*HINT/s;
+
+	like(said(q{SELECT mmrepl.create_pair('sorts', 'beta')}), $warning, 'create_pair() warns');
+	like(
+		said(q{CREATE TRIGGER " second" AFTER INSERT ON sorts FOR EACH ROW EXECUTE FUNCTION nothing()}),
+		$warning, 'CREATE TRIGGER warns');
+	is( said(q{CREATE TRIGGER later AFTER INSERT ON sorts FOR EACH ROW EXECUTE FUNCTION nothing();
+			CREATE TRIGGER "!before" BEFORE INSERT ON sorts FOR EACH ROW EXECUTE FUNCTION nothing();
+			CREATE TRIGGER "!statement" AFTER INSERT ON sorts EXECUTE FUNCTION nothing()}),
+		'', 'nothing to warn of');
 };
 
 done_testing();

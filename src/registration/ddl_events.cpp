@@ -45,11 +45,23 @@ FindTrigger(Relation rel, const char *name)
 	return NULL;
 }
 
+/* Whether the statement makes a trigger that fires before that of a table's pairs. */
+bool
+MakesEarlier(const CreateTrigStmt *statement)
+{
+	return statement->row && statement->timing == TRIGGER_TYPE_AFTER &&
+		   strcmp(statement->trigname, kRowTrigger) < 0;
+}
+
 /* CREATE TRIGGER. */
 void
 OnCreateTrigger(const CreateTrigStmt *statement)
 {
-	if (strcmp(strVal(llast(statement->funcname)), "replicate") != 0 || !catalog::ExtensionExists())
+	if (!catalog::ExtensionExists())
+		return;
+	if (MakesEarlier(statement))
+		WithRelation(statement->relation, WarnOfEarlier);
+	if (strcmp(strVal(llast(statement->funcname)), "replicate") != 0)
 		return;
 	WithRelation(statement->relation, [&](Relation rel) {
 		Oid function = ReplicateFunction();

@@ -311,6 +311,7 @@ CreatePair(Relation rel, const char *server_name, const Options &options)
 	LockRelation(rel, ShareRowExclusiveLock);
 	InsertPairRow(&row);
 	MakeTriggersAndCopy(rel, row, options.copy_data);
+	WarnOfEarlier(rel);
 	WakeLauncher();
 	WakeWorkers();
 	return row.id;

@@ -227,4 +227,28 @@ WarnOfDisabled(Relation rel)
 	}
 }
 
+/* Triggers of an event fire in the order in which the descriptor has them, that of their names. */
+void
+WarnOfEarlier(Relation rel)
+{
+	Oid ours = FindPairTriggers(rel).row;
+	const TriggerDesc *triggers = CopyTriggerDesc(rel->trigdesc);
+
+	for (int i = 0; OidIsValid(ours) && triggers->triggers[i].tgoid != ours; i++)
+	{
+		const Trigger &trigger = triggers->triggers[i];
+
+		if (!TRIGGER_FOR_AFTER(trigger.tgtype) || !TRIGGER_FOR_ROW(trigger.tgtype) ||
+			trigger.tgenabled == TRIGGER_DISABLED)
+			continue;
+		ereport(WARNING,
+				(errmsg("trigger \"%s\" of table \"%s\" fires before changes are captured",
+						trigger.tgname, RelationGetRelationName(rel)),
+				 errdetail("When it changes the row again, the newer version is captured before "
+						   "the older one, and the peer keeps the older one."),
+				 errhint("ALTER TRIGGER %s ON %s RENAME TO a name that sorts behind \"%s\".",
+						 quote_identifier(trigger.tgname), QualifiedName(rel), kRowTrigger)));
+	}
+}
+
 } // namespace mmrepl::registration

@@ -145,6 +145,8 @@ void DropPairTriggers(Relation rel);
 void KeepFiringAlways(Relation rel);
 /* Warn of triggers of ours that are disabled. */
 void WarnOfDisabled(Relation rel);
+/* Warn of row triggers that fire before that of the table's pairs. */
+void WarnOfEarlier(Relation rel);
 
 /* ---- ddl_events.cpp ---- */
 
