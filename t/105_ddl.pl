@@ -315,6 +315,29 @@ section 'a typed table is renamed a column of' => sub {
 		AND local_table::text ~ 'renamed|parts'}), '0', 'and back');
 };
 
+# DETACH PARTITION drops the clones of the partitioned table's triggers: what was written to
+# a partition with a pair of its own was not captured any more.
+section 'a partition with a pair of its own is detached' => sub {
+	both(
+		q{CREATE TABLE de (id int PRIMARY KEY) PARTITION BY RANGE (id);
+		  CREATE TABLE de1 PARTITION OF de FOR VALUES FROM (0) TO (100);
+		  CREATE TABLE de2 PARTITION OF de FOR VALUES FROM (100) TO (200) PARTITION BY RANGE (id);
+		  CREATE TABLE de21 PARTITION OF de2 FOR VALUES FROM (100) TO (200);
+		  CREATE TABLE own1 (id int PRIMARY KEY); CREATE TABLE own21 (id int PRIMARY KEY)});
+	$alpha->create_pair('de', 'beta');
+	$alpha->create_pair("de$_", 'second', "remote_table => 'own$_'") foreach ('1', '21');
+	here('ALTER TABLE de DETACH PARTITION de1 CONCURRENTLY');
+	here('ALTER TABLE de DETACH PARTITION de2');
+	here('INSERT INTO de1 VALUES (1); INSERT INTO de2 VALUES (100)');
+	synced();
+	$alpha->wait_caught_up('second');
+	is(there('SELECT (SELECT id FROM own1), (SELECT id FROM own21)'), '1|100', 'its pair goes on');
+	is(there('SELECT count(*) FROM de'), '0', 'that of the table above has lost it');
+	refused("DROP TRIGGER $_ ON de21", qr/cannot drop the trigger: pair \d+ of table "de21"/,
+		"$_ is there")
+	  foreach ('"!mmrepl_capture"', '"!mmrepl_truncate"');
+};
+
 # The error was one of PostgreSQL about a trigger that nobody had made.
 section 'a table with a pair becomes a partition' => sub {
 	both(

@@ -225,6 +225,22 @@ OnAlterType()
 		RevalidatePairs([](const PairRow &row) { return HoldsExclusiveLock(row.table); });
 }
 
+/* Pairs of partitions that have been detached. */
+void
+OnDetach(const AlterTableStmt *statement)
+{
+	ListCell *cell;
+
+	foreach(cell, statement->cmds)
+	{
+		const AlterTableCmd *command = lfirst_node(AlterTableCmd, cell);
+
+		if (command->subtype == AT_DetachPartition ||
+			command->subtype == AT_DetachPartitionFinalize)
+			WithRelation(castNode(PartitionCmd, command->def)->name, RestorePairTriggers);
+	}
+}
+
 /* ALTER TABLE: nothing that a pair needs may go, and what is enabled is enabled always. */
 void
 OnAlterTable(const AlterTableStmt *statement)
@@ -233,6 +249,7 @@ OnAlterTable(const AlterTableStmt *statement)
 		OnAlterType();
 	if (statement->objtype != OBJECT_TABLE || !catalog::ExtensionExists())
 		return;
+	OnDetach(statement);
 	WithRelation(statement->relation, [&](Relation rel) {
 		if (HasCommand(statement, IsAboutTriggers))
 		{

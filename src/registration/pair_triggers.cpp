@@ -181,6 +181,18 @@ DropPairTriggers(Relation rel)
 	DropTrigger(triggers.truncate);
 }
 
+/* Does nothing where they are, or where there is no pair. */
+void
+RestorePairTriggers(Relation rel)
+{
+	if (PairRowsOfTable(RelationGetRelid(rel)) != NIL)
+	{
+		LockRelation(rel, ShareRowExclusiveLock);
+		EnsurePairTriggers(rel);
+	}
+	EnsureTriggersBelow(rel);
+}
+
 /* What a user disabled, or let fire in replica role only, stays so.  A partition's clones are its own here. */
 void
 KeepFiringAlways(Relation rel)

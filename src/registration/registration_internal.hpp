@@ -141,6 +141,8 @@ PairTriggers FindPairTriggers(Relation rel);
 /* Create what is missing of them, firing always. */
 void EnsurePairTriggers(Relation rel);
 void DropPairTriggers(Relation rel);
+/* After DETACH PARTITION took the clones: pairs of the table, and below it, get triggers of their own. */
+void RestorePairTriggers(Relation rel);
 /* Triggers of ours that fire as `origin` fire always: no replica role escapes capture. */
 void KeepFiringAlways(Relation rel);
 /* Warn of triggers of ours that are disabled. */
