@@ -302,6 +302,16 @@ section 'a typed table is renamed a column of' => sub {
 	is(there('SELECT count(v) FROM parts'), '2', 'those of partitions, too');
 	here('ALTER TYPE renamed RENAME ATTRIBUTE w TO v CASCADE');
 
+	# Children of a foreign table follow as well.
+	here(q{CREATE FOREIGN TABLE above (id int, v text) SERVER beta;
+		CREATE TABLE child (PRIMARY KEY (id)) INHERITS (above)});
+	there('CREATE TABLE child (id int PRIMARY KEY, v text)');
+	$alpha->create_pair('child', 'beta', q{row_filter => 'id > 0'});
+	like(said('ALTER FOREIGN TABLE above RENAME COLUMN v TO w'),
+		qr/still replicates column "w" to column "v"/, 'a child of a foreign table');
+	refused('ALTER FOREIGN TABLE above ALTER COLUMN id TYPE text',
+		qr/operator does not exist: text > integer/, 'its filter is looked at');
+
 	# What a filter names inside of a column does not follow.
 	both('CREATE TABLE spot (x int); CREATE TABLE nested (id int PRIMARY KEY, s spot)');
 	$alpha->create_pair('nested', 'beta', q{row_filter => '(s).x > 0'});

@@ -217,9 +217,9 @@ OnFunction(const List *name)
 		RevalidateFilters(strVal(llast(name)));
 }
 
-/* ALTER TYPE: its typed tables, which CASCADE has locked, are other ones now. */
+/* ALTER TYPE, ALTER FOREIGN TABLE: the typed tables, or children, that it has locked are other ones now. */
 void
-OnAlterType()
+OnAlterAbove()
 {
 	if (catalog::ExtensionExists())
 		RevalidatePairs([](const PairRow &row) { return HoldsExclusiveLock(row.table); });
@@ -245,8 +245,8 @@ OnDetach(const AlterTableStmt *statement)
 void
 OnAlterTable(const AlterTableStmt *statement)
 {
-	if (statement->objtype == OBJECT_TYPE)
-		OnAlterType();
+	if (statement->objtype == OBJECT_TYPE || statement->objtype == OBJECT_FOREIGN_TABLE)
+		OnAlterAbove();
 	if (statement->objtype != OBJECT_TABLE || !catalog::ExtensionExists())
 		return;
 	OnDetach(statement);
@@ -360,11 +360,11 @@ RevalidateFiltersInside(const char *name)
 	RevalidateFilters(psprintf(".%s", quote_identifier(name)));
 }
 
-/* ALTER TABLE ... RENAME COLUMN. */
+/* ALTER TABLE ... RENAME COLUMN; a foreign table may have children that are replicated. */
 void
 OnRenameColumn(const RenameStmt *statement)
 {
-	if (statement->relationType != OBJECT_TABLE || !catalog::ExtensionExists())
+	if (!catalog::ExtensionExists())
 		return;
 	WithRelation(statement->relation,
 				 [&](Relation rel) { RenameColumnBelow(RelationGetRelid(rel), statement); });
