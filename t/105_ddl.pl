@@ -402,6 +402,13 @@ section 'a trigger that sorts before ours' => sub {
 			CREATE TRIGGER "!before" BEFORE INSERT ON sorts FOR EACH ROW EXECUTE FUNCTION nothing();
 			CREATE TRIGGER "!statement" AFTER INSERT ON sorts EXECUTE FUNCTION nothing()}),
 		'', 'nothing to warn of');
+	here('DROP TRIGGER "!first" ON sorts; DROP TRIGGER " second" ON sorts');
+	like(said('ALTER TRIGGER later ON sorts RENAME TO "!again"'), $warning, 'ALTER TRIGGER warns');
+	is(said('ALTER TRIGGER "!again" ON sorts RENAME TO later'), '', 'not when it is back');
+	like(
+		said('ALTER TRIGGER "!mmrepl_capture" ON sorts RENAME TO middle'),
+		qr/trigger "later".*HINT:  ALTER TRIGGER middle ON public.sorts RENAME TO "!mmrepl_capture";/s,
+		'so does a new name for ours');
 };
 
 done_testing();

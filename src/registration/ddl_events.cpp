@@ -460,7 +460,7 @@ OnRenameServer(const RenameStmt *statement)
 	WakeWorkers();
 }
 
-/* Renames that pairs follow. */
+/* Renames that pairs follow, or that change what they do. */
 void
 OnRename(const RenameStmt *statement)
 {
@@ -470,6 +470,8 @@ OnRename(const RenameStmt *statement)
 		OnRenameAttribute(statement);
 	else if (statement->renameType == OBJECT_FOREIGN_SERVER)
 		OnRenameServer(statement);
+	else if (statement->renameType == OBJECT_TRIGGER && catalog::ExtensionExists())
+		WithRelation(statement->relation, WarnOfEarlier);
 	else if (IsOfFilters(statement->renameType) && catalog::ExtensionExists())
 		RevalidateFilters(NULL);
 }

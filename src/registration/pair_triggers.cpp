@@ -42,6 +42,31 @@ CreateTriggerOf(Relation rel, const char *name, int16 events, bool for_each_row)
 	CommandCounterIncrement();
 }
 
+/* Whether the trigger fires after a row's event. */
+bool
+IsRowTrigger(const Trigger &trigger)
+{
+	return TRIGGER_FOR_AFTER(trigger.tgtype) && TRIGGER_FOR_ROW(trigger.tgtype) &&
+		   trigger.tgenabled != TRIGGER_DISABLED;
+}
+
+/* Warn that the trigger fires before ours; the one whose name is not the usual one should give way. */
+void
+WarnOfOrder(Relation rel, const char *name, const char *ours)
+{
+	bool renamed = strcmp(ours, kRowTrigger) != 0;
+
+	ereport(WARNING,
+			(errmsg("trigger \"%s\" of table \"%s\" fires before changes are captured", name,
+					RelationGetRelationName(rel)),
+			 errdetail("When it changes the row again, the newer version is captured before the "
+					   "older one, and the peer keeps the older one."),
+			 renamed ? errhint("ALTER TRIGGER %s ON %s RENAME TO %s;", quote_identifier(ours),
+							   QualifiedName(rel), quote_identifier(kRowTrigger))
+					 : errhint("ALTER TRIGGER %s ON %s RENAME TO a name that sorts behind \"%s\".",
+							   quote_identifier(name), QualifiedName(rel), ours)));
+}
+
 /* Drop one trigger, with its clones. */
 void
 DropTrigger(Oid trigger)
@@ -243,23 +268,18 @@ WarnOfDisabled(Relation rel)
 void
 WarnOfEarlier(Relation rel)
 {
-	Oid ours = FindPairTriggers(rel).row;
+	Oid row = FindPairTriggers(rel).row;
 	const TriggerDesc *triggers = CopyTriggerDesc(rel->trigdesc);
+	int ours = 0;
 
-	for (int i = 0; OidIsValid(ours) && triggers->triggers[i].tgoid != ours; i++)
+	if (!OidIsValid(row))
+		return;
+	while (triggers->triggers[ours].tgoid != row)
+		ours++;
+	for (int i = 0; i < ours; i++)
 	{
-		const Trigger &trigger = triggers->triggers[i];
-
-		if (!TRIGGER_FOR_AFTER(trigger.tgtype) || !TRIGGER_FOR_ROW(trigger.tgtype) ||
-			trigger.tgenabled == TRIGGER_DISABLED)
-			continue;
-		ereport(WARNING,
-				(errmsg("trigger \"%s\" of table \"%s\" fires before changes are captured",
-						trigger.tgname, RelationGetRelationName(rel)),
-				 errdetail("When it changes the row again, the newer version is captured before "
-						   "the older one, and the peer keeps the older one."),
-				 errhint("ALTER TRIGGER %s ON %s RENAME TO a name that sorts behind \"%s\".",
-						 quote_identifier(trigger.tgname), QualifiedName(rel), kRowTrigger)));
+		if (IsRowTrigger(triggers->triggers[i]))
+			WarnOfOrder(rel, triggers->triggers[i].tgname, triggers->triggers[ours].tgname);
 	}
 }
 
