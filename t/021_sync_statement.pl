@@ -186,6 +186,29 @@ section 'caught' => sub {
 		COMMIT}, on_error_stop => 0);
 	is(there('SELECT id FROM child WHERE id >= 30 ORDER BY id'),
 		"30\n32", 'by a savepoint');
+
+	# What is refused was captured outside of the block that is undone for it.
+	here(q{
+		CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS $$
+		BEGIN
+			UPDATE child SET v = 'swallowed' WHERE id = 30;
+		EXCEPTION WHEN unique_violation THEN
+			RETURN NULL;
+		END $$;
+		CREATE TRIGGER swallow AFTER INSERT ON child FOR EACH ROW EXECUTE FUNCTION swallow()});
+	(undef, undef, my $err) = $alpha->psql(
+		'postgres', q{
+		BEGIN;
+		UPDATE child SET v = 'kept' WHERE id = 10;
+		SAVEPOINT s;
+		INSERT INTO child VALUES (40, 1, 30, 1, 'refused');
+		ROLLBACK TO s;
+		UPDATE child SET v = 'kept, too' WHERE id = 10;
+		COMMIT}, on_error_stop => 0, extra_params => [ '-v', 'VERBOSITY=verbose' ]);
+	like($err, qr/ERROR:\s+23505: .*one_code/, 'the statement is refused with the reason');
+	unlike($err, qr/25P02/, '... and nothing else');
+	is(there('SELECT v FROM child WHERE id = 10'), 'kept, too', 'the savepoint repairs it');
+	here('DROP TRIGGER swallow ON child');
 	$alpha->same_rows($beta, 'child');
 };
 

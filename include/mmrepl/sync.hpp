@@ -39,9 +39,10 @@ struct Work
 	PGconn *conn; /* NULL until the first flush; the session's cached connection */
 	bool begun;	  /* a remote transaction is open, or was and is lost (broken) */
 	bool broken;  /* the remote transaction cannot be used any more: commit must fail */
-	const connection::Failure *refusal; /* ... because the peer has refused something; else NULL */
-	int remote_level;					/* nest level that the peer is at: 1 = no savepoint */
-	uint32 parts;						/* batches sent so far */
+	const connection::Failure
+		*refusal;	   /* what the peer has refused, and no savepoint has undone; or NULL */
+	int remote_level;  /* nest level that the peer is at: 1 = no savepoint */
+	uint32 parts;	   /* batches sent so far */
 	int release_level; /* this savepoint and those above it are to be released; 0: none */
 	bool goes_on;	   /* what is flushed next is not the end of its statement */
 	bool may_defer;	   /* the peer may have something to check before its COMMIT */

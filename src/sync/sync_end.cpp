@@ -64,6 +64,7 @@ Reset(Work *work)
 {
 	work->conn = NULL;
 	work->begun = false;
+	work->refusal = NULL;
 	work->remote_level = 1;
 	work->release_level = 0;
 	work->parts = 0;
@@ -137,6 +138,7 @@ SubAbort(Work *work, int nest_level)
 	{
 		work->remote_level = nest_level - 1;
 		work->release_level = 0;
+		work->refusal = NULL;
 	}
 	else
 		Abandon(work, work->parts);

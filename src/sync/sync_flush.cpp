@@ -109,11 +109,10 @@ Converse(const Request &request, Segment *first, bool *fresh)
 	return outcome;
 }
 
-/* Nothing repairs what the peer has refused: who asks again, hears it again. */
+/* Who asks again, before what the peer has refused is repaired, hears it again. */
 void
-Break(Work *work, const Failure *failure)
+KeepRefusal(Work *work, const Failure *failure)
 {
-	work->broken = true;
 	work->refusal = InContext(TopTransactionContext, [&] {
 		Failure *kept = (Failure *) palloc(sizeof(Failure));
 
@@ -146,14 +145,15 @@ ConverseSafely(const Request &request, Segment *first, bool *fresh)
 		Reset(work);
 	else if (outcome == Outcome::Refused)
 	{
-		/* The savepoint of a subtransaction repairs it; without one nothing does. */
-		if (request.nest_level > 1 && work->remote_level >= request.nest_level &&
-			work->release_level == 0)
-			return outcome;
-		if (kept == 0)
+		/* The savepoint of a subtransaction repairs it: of this one, or of one around it; else nothing does. */
+		bool repairable = request.nest_level > 1 && work->remote_level >= request.nest_level &&
+						  work->release_level == 0;
+
+		if (!repairable && kept == 0)
 			(void) Abort(work);
-		else
-			Break(work, request.failure);
+		else if (!repairable || request.nest_level < GetCurrentTransactionNestLevel())
+			KeepRefusal(work, request.failure);
+		work->broken |= !repairable && kept > 0;
 	}
 	return outcome;
 }
@@ -206,7 +206,7 @@ RequireUsable(Work *work)
 {
 	if (work->begun && !Usable(work))
 		work->broken = true;
-	if (work->broken && work->refusal != NULL)
+	if (work->refusal != NULL)
 		RaiseRefusal(work, work->refusal, "apply");
 	if (work->broken)
 		ereport(ERROR, (errcode(ERRCODE_CONNECTION_FAILURE),
