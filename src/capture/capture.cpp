@@ -58,16 +58,34 @@ RouteOf(const Target *target)
 	return route;
 }
 
+/* Whether the filter says true of the row that the context holds. */
+static bool
+Evaluate(CapturedTable *table, Target *target)
+{
+	bool isnull;
+	Datum result = ExecEvalExprSwitchContext(target->filter, table->econtext, &isnull);
+
+	return !isnull && DatumGetBool(result);
+}
+
+/* The same with the rights of the pair's owner, whatever the writer's search_path is. */
+static bool
+EvaluateAsOwner(CapturedTable *table, Target *target)
+{
+	return AsOwner(target->route.owner, [&] {
+		SetFixedSearchPath();
+		return Evaluate(table, target);
+	});
+}
+
 static bool
 Passes(CapturedTable *table, Target *target, TupleTableSlot *row)
 {
-	bool isnull;
-
 	if (target->filter == NULL)
 		return true;
 	table->econtext->ecxt_scantuple = row;
-	Datum result = ExecEvalExprSwitchContext(target->filter, table->econtext, &isnull);
-	bool passes = !isnull && DatumGetBool(result);
+	bool passes = unlikely(target->filter_as_owner) ? EvaluateAsOwner(table, target)
+													: Evaluate(table, target);
 
 	ResetExprContext(table->econtext);
 	return passes;

@@ -120,13 +120,6 @@ RevalidatePairsBelow(Oid relation)
 	}
 }
 
-/* Whether the pair has a filter, and that may name something with this name (NULL: anything). */
-bool
-HasFilterWith(const PairRow &row, const char *name)
-{
-	return row.row_filter != NULL && (name == NULL || strstr(row.row_filter, name) != NULL);
-}
-
 /* Whether the table's key is, or was, an index that was named for that.  Takes no lock. */
 bool
 HasIdentityIndex(Oid table)
@@ -141,13 +134,9 @@ HasIdentityIndex(Oid table)
 	return has;
 }
 
-/*
- * The pairs of the database that have a filter (with the name in it, unless that is
- * NULL), or all whose key is a replica identity.  Those that do not capture may be in
- * any state: a restore is under way.
- */
+/* All pairs of the database whose key is a replica identity; those that do not capture may be in any state. */
 void
-RevalidatePairs(bool with_filter, const char *name)
+RevalidateIdentities()
 {
 	ListCell *cell;
 
@@ -155,8 +144,7 @@ RevalidatePairs(bool with_filter, const char *name)
 	{
 		const PairRow *row = (const PairRow *) lfirst(cell);
 
-		if (!row->enabled ||
-			!(with_filter ? HasFilterWith(*row, name) : HasIdentityIndex(row->table)))
+		if (!row->enabled || !HasIdentityIndex(row->table))
 			continue;
 
 		Relation rel = try_relation_open(row->table, AccessShareLock);
@@ -167,35 +155,6 @@ RevalidatePairs(bool with_filter, const char *name)
 			RevalidatePair(rel, *row);
 		relation_close(rel, NoLock);
 	}
-}
-
-/* Whether a filter may name an object of the kind, or name another one in its schema. */
-bool
-IsOfFilters(ObjectType type)
-{
-	switch (type)
-	{
-		case OBJECT_CAST:
-		case OBJECT_COLLATION:
-		case OBJECT_DOMAIN:
-		case OBJECT_EXTENSION:
-		case OBJECT_FUNCTION:
-		case OBJECT_OPERATOR:
-		case OBJECT_ROUTINE:
-		case OBJECT_SCHEMA:
-		case OBJECT_TYPE:
-			return true;
-		default:
-			return false;
-	}
-}
-
-/* A function is another one now: only filters that may call it matter, and only their tables are locked. */
-void
-OnFunction(const List *name)
-{
-	if (catalog::ExtensionExists())
-		RevalidatePairs(true, strVal(llast(name)));
 }
 
 /* ALTER TABLE: nothing that a pair needs may go, and what is enabled is enabled always. */
@@ -268,7 +227,8 @@ RenameColumn(Oid table, const char *old_name, const char *new_name)
 		MapRenamedColumn(row, old_name, new_name);
 		DropIdleMapping(row, new_name);
 		if (row->row_filter != NULL)
-			row->row_filter = capture::RenameInFilter(rel, row->row_filter, old_name, new_name);
+			row->row_filter =
+				capture::RenameInFilter(rel, row->row_filter, row->owner, old_name, new_name);
 		UpdatePairRow(row);
 	}
 	relation_close(rel, NoLock);
@@ -370,8 +330,8 @@ OnRename(const RenameStmt *statement)
 		OnRenameColumn(statement);
 	else if (statement->renameType == OBJECT_FOREIGN_SERVER)
 		OnRenameServer(statement);
-	else if (IsOfFilters(statement->renameType) && catalog::ExtensionExists())
-		RevalidatePairs(true, NULL);
+	else
+		RequireFiltersAfterRename(statement);
 }
 
 } // namespace
@@ -381,9 +341,7 @@ void
 RevalidateAfterDrop(ObjectType type)
 {
 	if (type == OBJECT_INDEX)
-		RevalidatePairs(false, NULL);
-	else if (IsOfFilters(type))
-		RevalidatePairs(true, NULL);
+		RevalidateIdentities();
 }
 
 /* SQL: event trigger mmrepl_ddl_end. */
@@ -411,15 +369,16 @@ SqlOnDdlEnd(FunctionCallInfo fcinfo)
 			OnRename((const RenameStmt *) command);
 			break;
 		case T_AlterObjectSchemaStmt:
-			if (IsOfFilters(((const AlterObjectSchemaStmt *) command)->objectType) &&
-				catalog::ExtensionExists())
-				RevalidatePairs(true, NULL);
+			RequireFiltersAfterMove((const AlterObjectSchemaStmt *) command);
 			break;
-		case T_AlterFunctionStmt: /* it may be volatile now */
-			OnFunction(((const AlterFunctionStmt *) command)->func->objname);
+		case T_AlterFunctionStmt:
+			RequireFiltersNaming(((const AlterFunctionStmt *) command)->func->objname);
 			break;
-		case T_CreateFunctionStmt: /* so may what it replaces */
-			OnFunction(((const CreateFunctionStmt *) command)->funcname);
+		case T_CreateFunctionStmt:
+			RequireFiltersNaming(((const CreateFunctionStmt *) command)->funcname);
+			break;
+		case T_AlterEnumStmt:
+			RequireFiltersNaming(((const AlterEnumStmt *) command)->typeName);
 			break;
 		case T_AlterForeignServerStmt:
 		case T_AlterFdwStmt:

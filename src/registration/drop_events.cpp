@@ -262,6 +262,7 @@ SqlOnDrop(FunctionCallInfo fcinfo)
 		PG_RETURN_VOID();
 	RemovePairsWithoutTable();
 	RemoveWhatServersLeft(command);
+	RequireFiltersAfterDrop();
 	if (command != NULL && IsA(command, DropStmt))
 	{
 		if (((const DropStmt *) command)->removeType == OBJECT_TRIGGER)

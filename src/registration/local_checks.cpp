@@ -381,8 +381,21 @@ RevalidatePair(Relation rel, const PairRow &row)
 	error_context_stack = &callback;
 	RequireReplicable(rel);
 	(void) ResolveColumns(rel, RequireKey(rel), row);
-	if (row.row_filter != NULL)
-		(void) capture::ParseFilter(rel, row.row_filter);
+	error_context_stack = callback.previous;
+	RevalidateFilter(rel, row);
+}
+
+/* Raises also when the pair's owner has lost a right that it needs. */
+void
+RevalidateFilter(Relation rel, const PairRow &row)
+{
+	ErrorContextCallback callback = {error_context_stack, DescribePair,
+									 const_cast<PairRow *>(&row)};
+
+	if (row.row_filter == NULL)
+		return;
+	error_context_stack = &callback;
+	capture::CheckFilter(rel, row.row_filter, row.owner);
 	error_context_stack = callback.previous;
 }
 

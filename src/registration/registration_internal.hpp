@@ -90,6 +90,7 @@ Key RequireKey(Relation rel);
 PairColumns ResolveColumns(Relation rel, const Key &key, const PairRow &row);
 /* All of it for a pair that exists; the error's context names the pair. */
 void RevalidatePair(Relation rel, const PairRow &row);
+void RevalidateFilter(Relation rel, const PairRow &row); /* that part of it */
 
 /* ---- resync.cpp ---- */
 
@@ -146,11 +147,16 @@ void WarnOfDisabled(Relation rel);
 
 /* ---- ddl_events.cpp ---- */
 
-/*
- * After DROP of objects of that kind: raise when it took what the row filter of a
- * pair needs, or the index that is the key of a pair's table.
- */
+/* After DROP of objects of that kind: raise when it took the index that is the key of a pair's table. */
 void RevalidateAfterDrop(ObjectType type);
+
+/* ---- filter_events.cpp: raise when DDL took what the row filter of a pair needs ---- */
+
+void RequireFiltersNaming(const List *name);
+void RequireFiltersAfterRename(const RenameStmt *statement);
+void RequireFiltersAfterMove(const AlterObjectSchemaStmt *statement);
+/* Only in the event trigger for sql_drop. */
+void RequireFiltersAfterDrop();
 
 /* ---- hand_triggers.cpp ---- */
 
