@@ -212,4 +212,122 @@ section 'the DDL of others' => sub {
 	is($beta->safe_psql('postgres', 'SELECT array_agg(id) FROM sorted'), '{1}', 'and is obeyed');
 };
 
+# The functions below the statistics of pairs showed everybody everybody's counters.
+section 'the counters of a pair' => sub {
+	make_owner('other');
+	make_table('counted', 'other');
+	my $pair = as('other', q{SELECT mmrepl.create_pair('counted', 'beta')});
+	my $pairs = "SELECT count(*), sum(inserts) FROM mmrepl.stat_pairs() WHERE pair_id = $pair";
+	my $conflicts = q{SELECT sum(conflicts) FROM mmrepl.stat_conflicts() WHERE local_table = 'counted'::regclass};
+
+	# A conflict here, with what comes from beta.
+	$beta->create_pair('counted', 'alpha');
+	as('other', q{INSERT INTO counted VALUES (1, 'here'), (2, 'here')});
+	synced();
+	$beta->safe_psql('postgres', q{SET mmrepl.capture = off; DELETE FROM counted WHERE id = 1});
+	$beta->safe_psql('postgres', q{INSERT INTO counted VALUES (1, 'there')});
+	$beta->wait_caught_up('alpha');
+
+	here('CREATE ROLE monitor LOGIN IN ROLE pg_monitor');
+	foreach my $role ('other', 'monitor', $superuser)
+	{
+		is(as($role, $pairs), '1|2', "$role sees the pair's");
+		is(as($role, $conflicts), '1', "$role sees the table's conflicts");
+		is(as($role, "SELECT inserts, conflicts FROM mmrepl.pg_stat_mmrepl_pairs WHERE pair_id = $pair"),
+			'2|1', "$role: as the view has it");
+	}
+	foreach my $role ('app', 'writer')
+	{
+		is(as($role, $pairs), '0|', "$role does not");
+		is(as($role, $conflicts), '', "$role does not see conflicts");
+	}
+	is(as('app', 'SELECT count(*) FROM mmrepl.stat_pairs() s JOIN mmrepl.pairs p USING (pair_id)
+				  WHERE p.local_table = \'guarded\'::regclass'), '1', 'app sees its own');
+};
+
+# Whoever owns a database could not dump it when a superuser had created the
+# extension: permission denied for table pair.
+section 'the owner of a database dumps it' => sub {
+	here(q{CREATE ROLE keeper LOGIN; CREATE ROLE stranger LOGIN});
+	$_->safe_psql('postgres', 'CREATE DATABASE kept') foreach ($alpha, $beta);
+	$_->install_extension('kept') foreach ($alpha, $beta);
+	here('ALTER DATABASE kept OWNER TO keeper');
+	$alpha->add_peer($beta, dbname => 'kept', peer_dbname => 'kept', role => 'keeper');
+	$alpha->safe_psql('kept',
+		q{GRANT USAGE ON FOREIGN SERVER beta TO keeper;
+		  ALTER USER MAPPING FOR keeper SERVER beta OPTIONS (ADD password_required 'false')});
+
+	my $tables =
+	  q{CREATE TABLE parted (id int, region text, v text, PRIMARY KEY (id, region)) PARTITION BY LIST (region);
+		CREATE TABLE parted_eu PARTITION OF parted FOR VALUES IN ('eu');
+		CREATE TABLE identified (id int NOT NULL, code text NOT NULL UNIQUE);
+		CREATE UNIQUE INDEX by_id ON identified (id);
+		ALTER TABLE identified REPLICA IDENTITY USING INDEX by_id};
+	my $keeper = sub {
+		return $alpha->safe_psql('kept', $_[0], extra_params => [ '-U', 'keeper' ]);
+	};
+	my $file = $alpha->basedir . '/kept.sql';
+
+	$beta->safe_psql('kept', $tables);
+	$keeper->(
+		qq{$tables;
+		   SELECT mmrepl.create_pair('parted', 'beta');
+		   SELECT mmrepl.create_pair('identified', 'beta', row_filter => \$\$code <> 'secret'\$\$);
+		   INSERT INTO parted VALUES (1, 'eu', 'a');
+		   INSERT INTO identified VALUES (1, 'a')});
+	$alpha->wait_caught_up('beta', 'kept');
+	$alpha->command_ok([ 'pg_dump', '-U', 'keeper', '-f', $file, '-d', $alpha->connstr('kept') ], 'pg_dump');
+	$alpha->command_fails([ 'pg_dump', '-U', 'stranger', '-f', "$file.no", '-d', $alpha->connstr('kept') ],
+		'not so anybody else');
+
+	# Restored, it waits for the first write; then it has a worker.
+	here('CREATE DATABASE restored');
+	my ($ret, $out, $err) = $alpha->psql('restored', slurp_file($file), extra_params => [ '-v', 'ON_ERROR_STOP=1' ]);
+	is($ret, 0, 'it is restored') or diag($err);
+	unlike($err, qr/ERROR|WARNING/, 'without a complaint');
+	my $pairs = 'SELECT pair_id, local_table, server, row_filter, enabled, owner FROM mmrepl.pairs ORDER BY 1';
+	is($alpha->safe_psql('restored', $pairs), $keeper->($pairs), 'the pairs are as they were');
+	is($alpha->safe_psql('restored', 'SELECT state, stream, pid FROM mmrepl.pg_stat_mmrepl'),
+		'starting||', 'nothing was captured for them yet');
+	is($alpha->safe_psql('restored', q{SELECT mmrepl.wait_for_replay('beta')}), 't', 'nothing waits');
+	$alpha->safe_psql('restored',
+		q{INSERT INTO parted VALUES (2, 'eu', 'restored');
+		  INSERT INTO identified VALUES (2, 'restored'), (3, 'secret')});
+	$alpha->wait_caught_up('beta', 'restored');
+	$alpha->poll_state('beta', 'streaming', 'restored');
+	is($beta->safe_psql('kept', q{SELECT (SELECT array_agg(id ORDER BY id) FROM parted),
+								  (SELECT array_agg(id ORDER BY id) FROM identified)}),
+		'{1,2}|{1,2}', 'and it replicates');
+};
+
+# Members of pg_monitor, who may see statistics, saw in last_error the rows that the
+# peer had refused.
+section 'what the peer says of a row' => sub {
+	make_table('refused', 'other');
+	as('other', q{SELECT mmrepl.create_pair('refused', 'beta')});
+	$beta->safe_psql('postgres', q{ALTER TABLE refused ADD CONSTRAINT no_secrets CHECK (v <> 'confidential')});
+	as('other', q{INSERT INTO refused VALUES (1, 'confidential')});
+	$alpha->poll_ok(q{SELECT state = 'blocked' FROM mmrepl.pg_stat_mmrepl WHERE owner = 'other'::regrole}, 'it is blocked');
+
+	my $said = q{SELECT last_error FROM mmrepl.pg_stat_mmrepl WHERE owner = 'other'::regrole};
+
+	like(as('other', $said), qr/"no_secrets"\nDETAIL:.*confidential/, 'the owner sees the row');
+	like(here($said), qr/"no_secrets"\nDETAIL:.*confidential/, 'so does a superuser');
+	like(as('monitor', $said), qr/^new row .*"no_secrets"$/, 'pg_monitor sees what is wrong');
+	is(as('app', $said), '', 'others see nothing');
+	here(q{SELECT mmrepl.skip('beta', blocked_ticket, 'refused') FROM mmrepl.pg_stat_mmrepl WHERE blocked_ticket IS NOT NULL});
+	synced();
+};
+
+# Anybody could keep the queue's tables from being emptied, with a transaction that
+# had looked at a queue of which it sees nothing.
+section 'who holds the queue' => sub {
+	my $locks = q{SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid()
+				  AND relation IN (SELECT oid FROM pg_class WHERE relname ~ '^queue_[012]$')};
+	my $look = "BEGIN; SELECT count(*) FROM mmrepl.sync_err_rec; $locks; COMMIT";
+
+	is(as('writer', $look), "0\n0", 'not who has nothing in it');
+	is(as('other', $look), "0\n3", 'but who sees what it holds');
+};
+
 done_testing();

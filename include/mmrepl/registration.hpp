@@ -36,6 +36,10 @@ Datum SqlDisallowApply(FunctionCallInfo fcinfo);
 /* SQL: mmrepl.fdw_validator(options, catalog). */
 Datum SqlFdwValidator(FunctionCallInfo fcinfo);
 
+/* SQL: mmrepl.stat_pairs(), mmrepl.stat_conflicts(): of the pairs whose statistics the caller may see. */
+Datum SqlStatPairs(FunctionCallInfo fcinfo);
+Datum SqlStatConflicts(FunctionCallInfo fcinfo);
+
 /* Event triggers: mmrepl.on_ddl_end(), mmrepl.on_drop(). */
 Datum SqlOnDdlEnd(FunctionCallInfo fcinfo);
 Datum SqlOnDrop(FunctionCallInfo fcinfo);
