@@ -319,6 +319,29 @@ section 'what the peer says of a row' => sub {
 	synced();
 };
 
+# In sync mode a writer without the right to read a table was shown its rows, here and
+# at the peer, when the peer refused a change.
+section 'what a writer is told of rows that he may not read' => sub {
+	make_table('private', 'other');
+	as('other', q{SELECT mmrepl.create_pair('private', 'beta', mode => 'sync');
+				  GRANT INSERT, UPDATE ON private TO writer;
+				  GRANT SELECT, UPDATE ON private TO neighbour;
+				  INSERT INTO private VALUES (1, 'mine')});
+	$beta->safe_psql('postgres', q{UPDATE private SET v = 'theirs'; ALTER TABLE private ADD CONSTRAINT short CHECK (v <> 'long')});
+
+	my $update = q{UPDATE private SET v = 'new'};
+
+	like(refused($update, 'other'), qr/ERROR:  40001: .*theirs/s, 'the owner sees the rows');
+	like(refused($update, 'neighbour'), qr/ERROR:  40001: .*theirs/s, 'so does who may read them');
+	my $told = refused($update, 'writer');
+	like($told, qr/ERROR:  40001: .*^CONTEXT:  .*server "beta"/ms, 'who may not is told what is wrong');
+	unlike($told, qr/theirs|mine/, 'and does not see them');
+	like(refused(q{INSERT INTO private VALUES (2, 'long')}, 'writer'), qr/ERROR:  23514: .*"short"(?!.*DETAIL)/s, 'a violated check');
+
+	here('ALTER TABLE private ENABLE ROW LEVEL SECURITY; CREATE POLICY own ON private FOR ALL TO neighbour USING (true)');
+	unlike(refused($update, 'neighbour'), qr/theirs/, 'nor who sees some of them only');
+};
+
 # Anybody could keep the queue's tables from being emptied, with a transaction that
 # had looked at a queue of which it sees nothing.
 section 'who holds the queue' => sub {
