@@ -353,4 +353,45 @@ section 'who holds the queue' => sub {
 	is(as('other', $look), "0\n3", 'but who sees what it holds');
 };
 
+# When the owner of a pair was dropped: "invalid role OID", or nothing at all until
+# somebody looked at the stream.
+section 'the owner of a pair goes' => sub {
+	make_owner('leaver');
+	make_table('abandoned', 'leaver');
+	my $pair = as('leaver', q{SELECT mmrepl.create_pair('abandoned', 'beta')});
+
+	my $say = sub {
+		my ($sql) = @_;
+		my ($ret, $out, $err) = $alpha->psql('postgres', $sql);
+		return $err;
+	};
+	my $drop = qr/SELECT mmrepl\.drop_pair\('public\.abandoned', 'beta'\);/;
+
+	like(refused('DROP ROLE leaver'), qr/ERROR:  2BP01: .*user mapping for leaver on server beta/s, 'the role is needed');
+	like($say->('ALTER TABLE abandoned OWNER TO app'),
+		qr/NOTICE:  pair $pair of table "abandoned" still belongs to role "leaver"\nDETAIL:  .*\nHINT:  .*$drop/, 'ALTER TABLE OWNER');
+	like($say->('BEGIN; DROP USER MAPPING FOR leaver SERVER beta; ROLLBACK'),
+		qr/WARNING:  pair $pair of table "abandoned" has no user mapping .*\nDETAIL:  .*\nHINT:  CREATE USER MAPPING FOR leaver SERVER beta .* $drop/,
+		'DROP USER MAPPING');
+	like($say->('DROP OWNED BY leaver'), qr/WARNING:  pair $pair of table "abandoned" has no user mapping/, 'DROP OWNED');
+	here('DROP ROLE leaver');
+
+	my $oid = here(qq{SELECT owner::oid FROM mmrepl.pairs WHERE pair_id = $pair});
+	my $gone = qr/does not exist any more\nDETAIL:  The role with OID $oid was dropped\.\nHINT:  /;
+
+	like(refused(q{SELECT mmrepl.alter_pair('abandoned', 'beta', mode => 'sync')}), qr/42704: the owner of pair $pair $gone$drop/, 'alter_pair()');
+	like(refused(q{SELECT mmrepl.drop_pair('abandoned', 'beta')}, 'writer'), qr/HINT:  Let role "app" do it/, 'drop_pair() of a stranger');
+	like(refused(q{SET mmrepl.mode = 'sync'; INSERT INTO "abandoned" VALUES (2, 'sync')}),
+		qr/42704: the owner of pairs to server "beta" ${gone}SELECT/, 'a write in sync mode');
+	here(q{INSERT INTO "abandoned" VALUES (3, 'queued')});
+	$alpha->poll_ok(qq{SELECT state = 'retrying' AND last_error ~ 'does not exist any more' FROM mmrepl.pg_stat_mmrepl WHERE owner::oid = $oid},
+		'the stream says so');
+
+	my ($hint) = here(qq{SELECT last_error FROM mmrepl.pg_stat_mmrepl WHERE owner::oid = $oid}) =~ /^HINT:  (SELECT .*?;)/m;
+
+	here($hint);
+	is(here(qq{SELECT count(*) FROM mmrepl.pairs WHERE pair_id = $pair}), '0', 'the hint can be pasted');
+	here(qq{SELECT mmrepl.skip('beta', ticket, 'its owner is gone') FROM mmrepl.sync_err_rec});
+};
+
 done_testing();

@@ -58,6 +58,7 @@ extern "C" {
 #include "commands/sequence.h"
 #include "commands/tablecmds.h"
 #include "commands/trigger.h"
+#include "commands/user.h"
 #include "common/cryptohash.h"
 #include "common/hashfn.h"
 #include "common/pg_prng.h"

@@ -63,6 +63,8 @@ void SetState(shmem::Stream &stream, shmem::WorkerState state);
 /* A pause, or its end, from now on; the state that is shown follows. */
 void SetPaused(shmem::Stream &stream, bool paused);
 const char *StateName(shmem::WorkerState state);
+/* The state as pg_stat_mmrepl has it; the caller holds the stream's mutex. */
+shmem::WorkerState ShownState(const shmem::Stream &stream);
 
 /* Count a conflict found here while applying what came from the peer's node. */
 void CountConflict(const pg_uuid_t &origin, Oid relation);

@@ -171,7 +171,10 @@ OnAlterTable(const AlterTableStmt *statement)
 		}
 		RevalidatePairsBelow(RelationGetRelid(rel));
 		if (HasCommand(statement, [](AlterTableType type) { return type == AT_ChangeOwner; }))
+		{
 			RevalidateHandTriggers(rel);
+			NoticePairsOfOthers(rel);
+		}
 	});
 }
 
@@ -384,9 +387,13 @@ SqlOnDdlEnd(FunctionCallInfo fcinfo)
 		case T_AlterFdwStmt:
 		case T_CreateUserMappingStmt:
 		case T_AlterUserMappingStmt:
-		case T_DropUserMappingStmt:
-		case T_DropOwnedStmt: /* maybe of a mapping */
 			WakeWorkers();
+			break;
+		case T_DropUserMappingStmt:
+			OnDropUserMapping((const DropUserMappingStmt *) command);
+			break;
+		case T_DropOwnedStmt:
+			OnDropOwned((const DropOwnedStmt *) command);
 			break;
 		default:
 			break;

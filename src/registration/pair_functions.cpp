@@ -316,6 +316,7 @@ RequireMayAlter(Relation rel, const PairRow &row, const Options &options)
 	bool filters = options.row_filter != NULL && options.row_filter[0] != '\0';
 
 	RequireTableOwner(rel);
+	RequirePairOwner(row);
 	if ((!elsewhere && !filters) || has_privs_of_role(GetUserId(), row.owner))
 		return;
 	ereport(ERROR,
@@ -324,7 +325,7 @@ RequireMayAlter(Relation rel, const PairRow &row, const Options &options)
 					   : errmsg("must be owner of pair %d to give it a row filter", row.id),
 			 errdetail("The pair connects with the user mapping of role \"%s\", and its filter "
 					   "runs with the rights of that role.",
-					   GetUserNameFromId(row.owner, true)),
+					   GetUserNameFromId(row.owner, false)),
 			 errhint("Drop the pair and create one of your own.")));
 }
 
@@ -369,7 +370,8 @@ RequireMayDrop(Relation rel, const PairRow &row)
 	ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 					errmsg("must be owner of pair %d or of table \"%s\" to drop the pair", row.id,
 						   RelationGetRelationName(rel)),
-					errhint("Let role \"%s\" do it.", GetUserNameFromId(row.owner, true))));
+					errhint("Let role \"%s\" do it.",
+							GetUserNameFromId(catalog::TableOwner(RelationGetRelid(rel)), false))));
 }
 
 /* Say that what is queued is still delivered. */

@@ -77,6 +77,8 @@ struct PairColumns
 /* "schema.table", quoted where need be. */
 char *QualifiedName(Relation rel);
 char *QualifiedName(const char *schema, const char *table);
+/* The command that drops the pair, for hints. */
+char *DropCommand(const PairRow &row);
 
 /* Raise unless it is a table whose changes can be replicated. */
 void RequireReplicable(Relation rel);
@@ -84,6 +86,8 @@ void RequireReplicable(Relation rel);
 void RequireTableOwner(Relation rel);
 /* The server's OID; raises when there is none or the role may not use it. */
 Oid RequireServer(const char *name, Oid role);
+/* Raises when the role that owns the pair was dropped. */
+void RequirePairOwner(const PairRow &row);
 /* Raises when the table has no usable key. */
 Key RequireKey(Relation rel);
 /* The columns to replicate; raises when the lists of the row do not fit the table. */
@@ -157,6 +161,12 @@ void RequireFiltersAfterRename(const RenameStmt *statement);
 void RequireFiltersAfterMove(const AlterObjectSchemaStmt *statement);
 /* Only in the event trigger for sql_drop. */
 void RequireFiltersAfterDrop();
+
+/* ---- owner_events.cpp ---- */
+
+void OnDropOwned(const DropOwnedStmt *statement);
+void OnDropUserMapping(const DropUserMappingStmt *statement);
+void NoticePairsOfOthers(Relation rel);
 
 /* ---- hand_triggers.cpp ---- */
 

@@ -101,10 +101,10 @@ struct Sample
 };
 
 /*
- * The state to show: a pause counts from the call on, and a state that only a
- * running worker can be in is that of a worker to come when none runs.
+ * A pause counts from the call on, and a state that only a running worker can be in
+ * is that of a worker to come when none runs.
  */
-static shmem::WorkerState
+shmem::WorkerState
 ShownState(const shmem::Stream &stream)
 {
 	using shmem::WorkerState;
