@@ -146,6 +146,29 @@ section 'a filter runs as the owner of its pair' => sub {
 	is($beta->safe_psql('postgres', 'SELECT array_agg(id ORDER BY id) FROM guarded'), '{1,2,3,4}', 'all has arrived');
 };
 
+# A filter that wrote to its table was evaluated while it was evaluated, in the same
+# memory.
+section 'a filter that writes to its table' => sub {
+	make_table('nested', 'app');
+	as('app',
+		q{CREATE FUNCTION app.more(id int) RETURNS void LANGUAGE sql AS
+			'INSERT INTO public.nested VALUES (id + 1, repeat(id::text, 100))';
+		  CREATE FUNCTION app.makes_more(id int) RETURNS bool IMMUTABLE LANGUAGE plpgsql AS $$
+		  BEGIN
+			IF id < 5 THEN
+				PERFORM app.more(id);
+			END IF;
+			RETURN true;
+		  END $$;
+		  SELECT mmrepl.create_pair('nested', 'beta', row_filter => $$v || v <> 'x' AND app.makes_more(id)$$)});
+	like(refused(q{INSERT INTO nested VALUES (1, 'one')}),
+		qr/55006: row_filter of table "nested" has written to a table that it filters\nHINT:  /, 'is refused');
+	here(q{INSERT INTO nested VALUES (5, 'five')});
+	synced();
+	is($beta->safe_psql('postgres', 'SELECT array_agg(id) FROM nested'), '{5}', 'when it does');
+	here(q{SELECT mmrepl.drop_pair('nested', 'beta')});
+};
+
 # The owner of a table could give a filter to a pair of somebody else's, which
 # would run with that one's rights.
 section 'who gives a pair its filter' => sub {
@@ -162,7 +185,7 @@ section 'who gives a pair its filter' => sub {
 };
 
 # Every DROP and rename of a type, a function or the like read every filter of the
-# database: it failed where the role had no right on what somebody's filter calls, or
+# database, and every DROP INDEX every key that is an index: it failed where the role had no right on what somebody's filter calls, or
 # that one's pair had lost it, and waited for whoever had locked the table.
 section 'the DDL of others' => sub {
 	here(
@@ -174,8 +197,15 @@ section 'the DDL of others' => sub {
 	make_table('sorted', 'app');
 	as('app', q{SELECT mmrepl.create_pair('sorted', 'beta', row_filter => $$tools.kind_of(v) = 'good'$$)});
 
+	$alpha->create_table_on_both($beta,
+		'CREATE TABLE keyed (id int NOT NULL); CREATE UNIQUE INDEX by_id ON keyed (id);'
+		. 'ALTER TABLE keyed REPLICA IDENTITY USING INDEX by_id');
+	$alpha->create_pair('keyed', 'beta');
+
 	my $ddl =
-	  q{CREATE TYPE neighbour.color AS ENUM ('red'); ALTER TYPE neighbour.color RENAME TO colour;
+	  q{CREATE TABLE neighbour.plain (id int); CREATE INDEX plain_id ON neighbour.plain (id);
+		DROP INDEX neighbour.plain_id; DROP TABLE neighbour.plain;
+		CREATE TYPE neighbour.color AS ENUM ('red'); ALTER TYPE neighbour.color RENAME TO colour;
 		CREATE FUNCTION neighbour.f(neighbour.colour) RETURNS int LANGUAGE sql AS 'SELECT 1';
 		CREATE CAST (neighbour.colour AS int) WITH FUNCTION neighbour.f(neighbour.colour);
 		ALTER TYPE neighbour.colour SET SCHEMA neighbour;
@@ -184,7 +214,7 @@ section 'the DDL of others' => sub {
 	my $locker = $alpha->session;
 
 	as('neighbour', $ddl);
-	$locker->ok('BEGIN; LOCK TABLE sorted, guarded');
+	$locker->ok('BEGIN; LOCK TABLE sorted, guarded, keyed');
 	as('neighbour', "SET lock_timeout = '10s'; $ddl");
 	pass('do not wait for who has locked the table');
 	$locker->ok('ROLLBACK');

@@ -68,14 +68,34 @@ Evaluate(CapturedTable *table, Target *target)
 	return !isnull && DatumGetBool(result);
 }
 
+/* Raise: one evaluation would take place in the middle of another one, with the same memory. */
+[[noreturn]] static void
+RefuseNested(Oid table)
+{
+	ereport(ERROR, (errcode(ERRCODE_OBJECT_IN_USE),
+					errmsg("row_filter of table \"%s\" has written to a table that it filters",
+						   get_rel_name(table)),
+					errhint("Use functions that only read.")));
+}
+
 /* The same with the rights of the pair's owner, whatever the writer's search_path is. */
 static bool
 EvaluateAsOwner(CapturedTable *table, Target *target)
 {
-	return AsOwner(target->route.owner, [&] {
-		SetFixedSearchPath();
-		return Evaluate(table, target);
-	});
+	bool passes = false;
+
+	if (table->evaluating)
+		RefuseNested(table->key.relation);
+	table->evaluating = true;
+	Ensured(
+		[&] {
+			passes = AsOwner(target->route.owner, [&] {
+				SetFixedSearchPath();
+				return Evaluate(table, target);
+			});
+		},
+		[&] { table->evaluating = false; });
+	return passes;
 }
 
 static bool

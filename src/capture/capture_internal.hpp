@@ -41,6 +41,7 @@ struct CapturedTable
 	int n_targets;
 	Target *targets;
 	ExprContext *econtext;	/* for filters; NULL when there are none */
+	bool evaluating;		/* a filter that may run anything is under way */
 	char *skip_application; /* a trigger by hand does not capture this application */
 };
 

@@ -120,23 +120,44 @@ RevalidatePairsBelow(Oid relation)
 	}
 }
 
-/* Whether the table's key is, or was, an index that was named for that.  Takes no lock. */
+/* Whether an index of the table is its replica identity.  Takes no lock on the table. */
 bool
 HasIdentityIndex(Oid table)
+{
+	Relation indexes = table_open(IndexRelationId, AccessShareLock);
+	ScanKeyData key;
+	bool has = false;
+	HeapTuple tuple;
+
+	ScanKeyInit(&key, Anum_pg_index_indrelid, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(table));
+
+	SysScanDesc scan = systable_beginscan(indexes, IndexIndrelidIndexId, true, NULL, 1, &key);
+
+	while (!has && HeapTupleIsValid(tuple = systable_getnext(scan)))
+		has = ((Form_pg_index) GETSTRUCT(tuple))->indisreplident;
+	systable_endscan(scan);
+	table_close(indexes, AccessShareLock);
+	return has;
+}
+
+/* Whether the table's key was an index that was named for that, and is no more.  Takes no lock either. */
+bool
+LostIdentityIndex(Oid table)
 {
 	HeapTuple tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(table));
 
 	if (!HeapTupleIsValid(tuple))
 		return false;
-	bool has = ((Form_pg_class) GETSTRUCT(tuple))->relreplident == REPLICA_IDENTITY_INDEX;
+	bool named = ((Form_pg_class) GETSTRUCT(tuple))->relreplident == REPLICA_IDENTITY_INDEX;
 
 	ReleaseSysCache(tuple);
-	return has;
+	return named && !HasIdentityIndex(table);
 }
 
-/* All pairs of the database whose key is a replica identity; those that do not capture may be in any state. */
+/* Raise when a pair has lost its key.  Those that do not capture may be in any state. */
 void
-RevalidateIdentities()
+RequireIdentities()
 {
 	ListCell *cell;
 
@@ -144,7 +165,7 @@ RevalidateIdentities()
 	{
 		const PairRow *row = (const PairRow *) lfirst(cell);
 
-		if (!row->enabled || !HasIdentityIndex(row->table))
+		if (!row->enabled || !LostIdentityIndex(row->table))
 			continue;
 
 		Relation rel = try_relation_open(row->table, AccessShareLock);
@@ -344,7 +365,7 @@ void
 RevalidateAfterDrop(ObjectType type)
 {
 	if (type == OBJECT_INDEX)
-		RevalidateIdentities();
+		RequireIdentities();
 }
 
 /* SQL: event trigger mmrepl_ddl_end. */
