@@ -372,6 +372,53 @@ section 'what a writer is told of rows that he may not read' => sub {
 	unlike(refused($update, 'neighbour'), qr/theirs/, 'nor who sees some of them only');
 };
 
+# Never wrong, but without a test: what the owner of a table has put into it at the
+# receiver runs as he, though a superuser's mapping brings the changes.
+section 'the code of a table at the receiver' => sub {
+	$beta->safe_psql('postgres',
+		q{CREATE ROLE host LOGIN; CREATE SCHEMA host AUTHORIZATION host; GRANT CREATE ON SCHEMA public TO host});
+	$beta->safe_psql('postgres',
+		q{CREATE TABLE host.ran (what text, who name);
+		  CREATE FUNCTION host.note(what text) RETURNS bool LANGUAGE plpgsql AS $$
+		  BEGIN
+			INSERT INTO host.ran VALUES (what, current_user);
+			RETURN true;
+		  END $$;
+		  CREATE FUNCTION host.folded(text) RETURNS text IMMUTABLE LANGUAGE plpgsql AS $$
+		  BEGIN
+			PERFORM host.note('index');
+			RETURN lower($1);
+		  END $$;
+		  CREATE FUNCTION host.fires() RETURNS trigger LANGUAGE plpgsql AS $$
+		  BEGIN
+			PERFORM host.note('trigger');
+			RETURN NEW;
+		  END $$;
+		  CREATE DOMAIN host.word AS text CHECK (host.note('domain'));
+		  CREATE TABLE public.guest (id int PRIMARY KEY, v text, w host.word DEFAULT 'w', CHECK (host.note('check')));
+		  CREATE INDEX guest_v ON public.guest (host.folded(v));
+		  CREATE TRIGGER fires BEFORE INSERT OR UPDATE ON public.guest FOR EACH ROW EXECUTE FUNCTION host.fires();
+		  ALTER TABLE public.guest ENABLE ALWAYS TRIGGER fires}, extra_params => [ '-U', 'host' ]);
+	here('CREATE TABLE guest (id int PRIMARY KEY, v text)');
+	$alpha->create_pair('guest', 'beta');
+	foreach my $mode ('async', 'sync')
+	{
+		$beta->safe_psql('postgres', 'TRUNCATE host.ran');
+		here(qq{SET mmrepl.mode = '$mode'; INSERT INTO guest SELECT g, '$mode' FROM generate_series(1, 5) g;
+				UPDATE guest SET v = 'new'; DELETE FROM guest});
+		synced();
+		is($beta->safe_psql('postgres', 'SELECT what, string_agg(DISTINCT who, $$ $$) FROM host.ran GROUP BY 1 ORDER BY 1'),
+			"check|host\ndomain|host\nindex|host\ntrigger|host", "$mode: runs as its owner");
+	}
+
+	# Deferred, it would run with nobody's restriction at the end of the transaction.
+	$beta->safe_psql('postgres',
+		q{CREATE CONSTRAINT TRIGGER later AFTER INSERT ON guest DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION host.fires();
+		  ALTER TABLE guest ENABLE ALWAYS TRIGGER later}, extra_params => [ '-U', 'host' ]);
+	like(refused(q{SET mmrepl.mode = 'sync'; INSERT INTO guest VALUES (9, 'deferred')}),
+		qr/42501: cannot fire deferred trigger within security-restricted operation/, 'nor at the end of the transaction');
+};
+
 # Anybody could keep the queue's tables from being emptied, with a transaction that
 # had looked at a queue of which it sees nothing.
 section 'who holds the queue' => sub {
