@@ -85,9 +85,14 @@ COMMENT ON COLUMN mmrepl.pair.columns IS 'local columns that are replicated; NUL
 COMMENT ON COLUMN mmrepl.pair.column_map IS 'object of local to remote column names that differ';
 COMMENT ON COLUMN mmrepl.pair.row_filter IS 'boolean expression over the local row; NULL: every row';
 
-/* Pairs are configuration: pg_dump carries them.  All below is state of this very database. */
+/*
+ * Pairs are configuration: pg_dump carries them.  All below is state of this very
+ * database.  Who owns the database can dump it; what he reads for that stands in the
+ * view pairs, too, which everybody may read.
+ */
 SELECT pg_catalog.pg_extension_config_dump('mmrepl.pair', '');
 SELECT pg_catalog.pg_extension_config_dump('mmrepl.pair_id_seq', '');
+GRANT SELECT ON mmrepl.pair, mmrepl.pair_id_seq TO pg_database_owner;
 
 /*
  * A stream: what is delivered in order, by one worker.  One HOT update a batch,
@@ -461,8 +466,8 @@ GRANT SELECT ON mmrepl.in_doubt TO PUBLIC;
 /* ---- Statistics ---- */
 
 /*
- * The functions show what is in shared memory; the views join it with what the
- * tables say, and decide whose rows are shown.  The barrier keeps conditions of
+ * The functions show what is in shared memory, and the views join it with what the
+ * tables say: both as far as the caller may see it.  The barrier keeps conditions of
  * the caller's making from looking at other rows.
  */
 
@@ -578,7 +583,8 @@ COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.batches IS 'batches that the target conf
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.retries IS 'attempts that failed and were, or will be, made again';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.consecutive_failures IS 'failed attempts since the last success';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.next_retry_at IS 'when the next attempt is made; NULL: none is waiting';
-COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.last_error IS 'message of the last failed attempt';
+COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.last_error IS
+	'message of the last failed attempt; detail and context, which may show rows, for those who may see queued data';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.last_error_sqlstate IS 'its SQLSTATE';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.last_error_at IS 'when it failed';
 COMMENT ON COLUMN mmrepl.pg_stat_mmrepl.conflicts IS 'conflicts met here while applying what came from that server''s node';
@@ -604,7 +610,8 @@ CREATE FUNCTION mmrepl.stat_pairs(
 	OUT truncates bigint)
 	RETURNS SETOF record
 	LANGUAGE c ROWS 100 AS 'MODULE_PATHNAME', 'mmrepl_stat_pairs';
-COMMENT ON FUNCTION mmrepl.stat_pairs() IS 'counters of this database''s pairs that are not all zero';
+COMMENT ON FUNCTION mmrepl.stat_pairs() IS 
+	'counters of this database''s pairs that have captured something, as far as the caller may see them';
 
 CREATE FUNCTION mmrepl.stat_conflicts(
 	OUT local_table regclass,
@@ -613,7 +620,7 @@ CREATE FUNCTION mmrepl.stat_conflicts(
 	RETURNS SETOF record
 	LANGUAGE c ROWS 100 AS 'MODULE_PATHNAME', 'mmrepl_stat_conflicts';
 COMMENT ON FUNCTION mmrepl.stat_conflicts() IS
-	'conflicts met in this database, by table and by the server whose node the changes came from';
+	'conflicts met on tables of pairs, by the server whose node the changes came from, as far as the caller may see them';
 
 CREATE VIEW mmrepl.pg_stat_mmrepl_pairs WITH (security_barrier) AS
 SELECT p.pair_id,

@@ -46,7 +46,7 @@ MMREPL_FUNCTION(mmrepl_doubts, worker::SqlDoubts);
 
 /* Statistics. */
 MMREPL_FUNCTION(mmrepl_stat_streams, stats::StatStreams);
-MMREPL_FUNCTION(mmrepl_stat_pairs, stats::StatPairs);
-MMREPL_FUNCTION(mmrepl_stat_conflicts, stats::StatConflicts);
+MMREPL_FUNCTION(mmrepl_stat_pairs, registration::SqlStatPairs);
+MMREPL_FUNCTION(mmrepl_stat_conflicts, registration::SqlStatConflicts);
 MMREPL_FUNCTION(mmrepl_reset_counters, stats::ResetCounters);
 MMREPL_FUNCTION(mmrepl_may_see_statistics, stats::SqlMaySeeStatistics);

@@ -154,6 +154,28 @@ foreach my $place (@places)
 	}
 }
 
+# The error said in which state the stream had been when the wait began.
+section 'the state that a wait in vain is told of' => sub {
+	my $session = $alpha->session;
+
+	$holder->ok('BEGIN; SELECT * FROM queued FOR UPDATE');
+	here('UPDATE queued SET v = v');
+	$beta->poll_ok(q{SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event_type = 'Lock'}, 'delivery waits');
+	$session->start('INSERT INTO item VALUES (' . ++$last_id . q{, 'in vain')});
+	$alpha->poll_ok(
+		q{SELECT count(*) = 1 FROM pg_stat_activity WHERE state = 'active' AND wait_event IS NOT NULL AND pid = }
+		  . $session->pid, 'it waits');
+	here(q{SELECT mmrepl.pause('beta')});
+
+	my (undef, $err) = $session->finish;
+
+	like($err, qr/ERROR:\s+MM008: .*still queued\nDETAIL:  The stream is "paused"/, 'is the one that it is in now');
+	$holder->ok('ROLLBACK');
+	here(q{SELECT mmrepl.resume('beta')});
+	$alpha->wait_caught_up('beta');
+	$session->quit;
+};
+
 $holder->quit;
 foreach my $node ($alpha, $beta)
 {

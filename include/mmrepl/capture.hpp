@@ -16,20 +16,22 @@ void Init();
 Datum SqlReplicate(FunctionCallInfo fcinfo);
 
 /*
- * Parse a row filter over the relation's row: one boolean expression, no
- * subquery, aggregate or set-returning or volatile function.  Returns the
- * simplified expression in CurrentMemoryContext, Vars of varno 1.  Raises with
- * the reason when it is not acceptable.
+ * Row filters: one boolean expression over the relation's row, no subquery,
+ * aggregate or set-returning or volatile function.  Whatever code there is in one
+ * runs as the pair's owner, in a security-restricted operation.
+ *
+ * Raise with the reason when a stored filter does not compile any more.
  */
-Node *ParseFilter(Relation rel, const char *filter);
+void CheckFilter(Relation rel, const char *filter, Oid owner);
 
 /*
  * A filter as its author wrote it, parsed under the current search_path, in the
- * form in which it is stored and ParseFilter() reads it: names qualified.  The
- * second follows a column's rename (the relation has the new name already).
+ * form in which it is stored: names qualified.  The second follows a column's
+ * rename (the relation has the new name already).  Raise like CheckFilter().
  */
-char *CanonicalFilter(Relation rel, const char *filter);
-char *RenameInFilter(Relation rel, const char *filter, const char *old_name, const char *new_name);
+char *CanonicalFilter(Relation rel, const char *filter, Oid owner);
+char *RenameInFilter(Relation rel, const char *filter, Oid owner, const char *old_name,
+					 const char *new_name);
 
 /*
  * Capture every row of the table as an INSERT for this pair, in the current

@@ -169,6 +169,16 @@ pg_uuid_t *AdoptNode(bool moved, bool force);
 /* SQL: mmrepl.node_id(). */
 Datum SqlNodeId(FunctionCallInfo fcinfo);
 
+/* What a command dropped that an expression could need. */
+struct Dropped
+{
+	List *names; /* of char *: of functions, operators, types, collations, schemas */
+	bool cast;	 /* a cast, which has no name */
+};
+
+/* Only in an event trigger for sql_drop. */
+Dropped WhatWasDropped();
+
 /* The role whose mapping a trigger made by hand uses: the table's owner. */
 Oid TableOwner(Oid table);
 

@@ -176,6 +176,17 @@ SetTriggerFiring(Relation rel, const char *name, char fires_when)
 #endif
 }
 
+/* expression_tree_walker (16: knows its callback's type). */
+inline bool
+WalkExpression(Node *node, bool (*walker)(Node *, void *), void *context)
+{
+#if PG_VERSION_NUM >= 160000
+	return expression_tree_walker(node, walker, context);
+#else
+	return expression_tree_walker(node, (bool (*)())(void (*)()) walker, context);
+#endif
+}
+
 /* index_beginscan (18: counts searches for EXPLAIN). */
 inline IndexScanDesc
 BeginIndexScan(Relation table, Relation index, Snapshot snapshot, int n_keys)

@@ -41,6 +41,9 @@ struct Target
  */
 Target *Resolve(Oid server, Oid owner);
 
+/* Whether the role has a user mapping for the server, its own or PUBLIC's. */
+bool IsMapped(Oid server, Oid role);
+
 /* Whether an option is one of libpq's that may stand on a server / a mapping. */
 bool IsServerOption(const char *name);
 /* The one option of a server that is not libpq's: the value must be 1 to guc::kMaxLanes. */

@@ -120,6 +120,30 @@ Caught(Body body)
 	return error;
 }
 
+/*
+ * Caught() in a subtransaction of its own, which is rolled back after an error: the
+ * caller's transaction may go on.
+ */
+template <typename Body>
+ErrorData *
+Attempted(Body body)
+{
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(context);
+	ErrorData *error = Caught(body);
+
+	if (error == NULL)
+		ReleaseCurrentSubTransaction();
+	else
+		RollbackAndReleaseCurrentSubTransaction();
+	MemoryContextSwitchTo(context);
+	CurrentResourceOwner = owner;
+	return error;
+}
+
 /* Run fn with CurrentMemoryContext set; on an error the catcher restores. */
 template <typename Fn>
 inline auto

@@ -9,8 +9,10 @@
  * Who may do what: a pair is made by a role that owns the table and may use the
  * server, and connects with that role's user mapping for as long as it exists.
  * Changing it takes the ownership of the table; changing where the changes go
- * (remote_table, columns, column_map) takes the pair's owner's rights as well,
- * since it is that role's mapping that is used.  Dropping it takes one of both.
+ * (remote_table, columns, column_map) or which go (row_filter) takes the pair's
+ * owner's rights as well, since it is that role's mapping that is used, and with
+ * that role's rights that the filter runs.  Dropping it takes one of both, and so
+ * does removing its filter.
  */
 #pragma once
 
@@ -36,6 +38,10 @@ Datum SqlDisallowApply(FunctionCallInfo fcinfo);
 
 /* SQL: mmrepl.fdw_validator(options, catalog). */
 Datum SqlFdwValidator(FunctionCallInfo fcinfo);
+
+/* SQL: mmrepl.stat_pairs(), mmrepl.stat_conflicts(): of the pairs whose statistics the caller may see. */
+Datum SqlStatPairs(FunctionCallInfo fcinfo);
+Datum SqlStatConflicts(FunctionCallInfo fcinfo);
 
 /* Event triggers: mmrepl.on_ddl_end(), mmrepl.on_drop(). */
 Datum SqlOnDdlEnd(FunctionCallInfo fcinfo);

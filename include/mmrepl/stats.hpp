@@ -1,9 +1,10 @@
 /*
  * stats.hpp
- *		Counters in shared memory and the set-returning functions that show them.
+ *		Counters in shared memory, and who may see them.
  *
  * The functions know shared memory only; the views of the install script join
- * them with mmrepl.stream and mmrepl.pair.
+ * them with mmrepl.stream.  What belongs to a pair is shown by the room registration,
+ * which knows whose the pair is.
  */
 #pragma once
 
@@ -39,6 +40,7 @@ void InitShared(bool found, void *where);
 
 /* The counters of a pair; NULL when the table is full (counting is then skipped). */
 PairCounters *ForPair(Oid database, int32 pair_id);
+PairCounters *FindPair(Oid database, int32 pair_id); /* NULL: nothing was counted */
 void ForgetPair(Oid database, int32 pair_id);
 
 /* Set a stream's error fields (rate-limiting of the log is the worker's). */
@@ -61,22 +63,23 @@ void SetState(shmem::Stream &stream, shmem::WorkerState state);
 /* A pause, or its end, from now on; the state that is shown follows. */
 void SetPaused(shmem::Stream &stream, bool paused);
 const char *StateName(shmem::WorkerState state);
+/* The state as pg_stat_mmrepl has it; the caller holds the stream's mutex. */
+shmem::WorkerState ShownState(const shmem::Stream &stream);
 
 /* Count a conflict found here while applying what came from the peer's node. */
 void CountConflict(const pg_uuid_t &origin, Oid relation);
+/* Those of a table of this database with changes that came from the server's node. */
+uint64 ConflictsOf(Oid relation, Oid server);
 
 /* Whether the current user may see statistics / queued data of the pairs of a role. */
 bool MaySeeStatistics(Oid owner);
 bool MaySeeData(Oid owner);
 
 /*
- * SQL: mmrepl.stat_streams(), mmrepl.stat_pairs(), mmrepl.stat_conflicts(),
- * mmrepl.reset_counters(server, pair ids) for mmrepl.stat_reset(server), and
- * mmrepl.may_see_statistics(owner).
+ * SQL: mmrepl.stat_streams(), mmrepl.reset_counters(server, pair ids) for
+ * mmrepl.stat_reset(server), and mmrepl.may_see_statistics(owner).
  */
 Datum StatStreams(FunctionCallInfo fcinfo);
-Datum StatPairs(FunctionCallInfo fcinfo);
-Datum StatConflicts(FunctionCallInfo fcinfo);
 Datum ResetCounters(FunctionCallInfo fcinfo);
 Datum SqlMaySeeStatistics(FunctionCallInfo fcinfo);
 

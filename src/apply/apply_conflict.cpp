@@ -48,7 +48,7 @@ pg_attribute_noreturn() static void RefuseDifference(Session *session, Target *t
 			(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
 			 errmsg("could not serialize replicated change: conflict=%s on relation \"%s.%s\"",
 					conflict::Name(type), target->schema, target->table),
-			 rows ? errdetail("%s", rows) : 0,
+			 rows ? errdetail("%s", rows) : 0, errtable(target->rel),
 			 errhint(
 				 "Retry the transaction. If it fails again the rows differ for good: repair the "
 				 "row at the peer, or overwrite it with SET LOCAL mmrepl.mode = 'async', assigning "

@@ -58,16 +58,54 @@ RouteOf(const Target *target)
 	return route;
 }
 
+/* Whether the filter says true of the row that the context holds. */
+static bool
+Evaluate(CapturedTable *table, Target *target)
+{
+	bool isnull;
+	Datum result = ExecEvalExprSwitchContext(target->filter, table->econtext, &isnull);
+
+	return !isnull && DatumGetBool(result);
+}
+
+/* Raise: one evaluation would take place in the middle of another one, with the same memory. */
+[[noreturn]] static void
+RefuseNested(Oid table)
+{
+	ereport(ERROR, (errcode(ERRCODE_OBJECT_IN_USE),
+					errmsg("row_filter of table \"%s\" has written to a table that it filters",
+						   get_rel_name(table)),
+					errhint("Use functions that only read.")));
+}
+
+/* The same with the rights of the pair's owner, whatever the writer's search_path is. */
+static bool
+EvaluateAsOwner(CapturedTable *table, Target *target)
+{
+	bool passes = false;
+
+	if (table->evaluating)
+		RefuseNested(table->key.relation);
+	table->evaluating = true;
+	Ensured(
+		[&] {
+			passes = AsOwner(target->route.owner, [&] {
+				SetFixedSearchPath();
+				return Evaluate(table, target);
+			});
+		},
+		[&] { table->evaluating = false; });
+	return passes;
+}
+
 static bool
 Passes(CapturedTable *table, Target *target, TupleTableSlot *row)
 {
-	bool isnull;
-
 	if (target->filter == NULL)
 		return true;
 	table->econtext->ecxt_scantuple = row;
-	Datum result = ExecEvalExprSwitchContext(target->filter, table->econtext, &isnull);
-	bool passes = !isnull && DatumGetBool(result);
+	bool passes = unlikely(target->filter_as_owner) ? EvaluateAsOwner(table, target)
+													: Evaluate(table, target);
 
 	ResetExprContext(table->econtext);
 	return passes;

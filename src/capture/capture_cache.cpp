@@ -235,13 +235,13 @@ StreamOf(Relation rel, const catalog::Pair *pair)
 }
 
 static void
-BuildFilter(CapturedTable *table, Target *target, Relation rel, const char *filter)
+BuildFilter(CapturedTable *table, Target *target, Relation rel, const catalog::Pair *pair)
 {
-	if (filter == NULL)
+	if (pair->row_filter == NULL)
 		return;
 	if (table->econtext == NULL)
 		table->econtext = CreateStandaloneExprContext();
-	target->filter = ExecInitExpr((Expr *) ParseFilter(rel, filter), NULL);
+	target->filter = CompileFilter(rel, pair->row_filter, pair->owner, &target->filter_as_owner);
 }
 
 static void
@@ -256,7 +256,7 @@ BuildTarget(CapturedTable *table, Target *target, Relation rel, const catalog::P
 	target->route.queue_when_unreachable = pair->queue_when_unreachable;
 	target->route.stream = StreamOf(rel, pair);
 	BuildEncoder(target, rel, pair);
-	BuildFilter(table, target, rel, pair->row_filter);
+	BuildFilter(table, target, rel, pair);
 }
 
 /* The table that the trigger was made on: its partitions have clones. */

@@ -20,8 +20,9 @@ struct Target
 	transaction::Route route;
 	change::RelationEncoder *encoder;
 	change::RelationEncoder *checked_encoder; /* for sync mode: with the old row */
-	bool subset;	   /* an update that touches none of the columns is no change */
-	ExprState *filter; /* NULL: every row */
+	bool subset;		  /* an update that touches none of the columns is no change */
+	ExprState *filter;	  /* NULL: every row */
+	bool filter_as_owner; /* it is not made of built-in immutable functions only */
 };
 
 struct CacheKey
@@ -41,8 +42,45 @@ struct CapturedTable
 	int n_targets;
 	Target *targets;
 	ExprContext *econtext;	/* for filters; NULL when there are none */
+	bool evaluating;		/* a filter that may run anything is under way */
 	char *skip_application; /* a trigger by hand does not capture this application */
 };
+
+/*
+ * Run fn with the rights of the role and no others, as maintenance commands run
+ * what a table's owner has put into an index: in a security-restricted operation,
+ * and settings that are changed there are changed back.  After an error the abort
+ * of the (sub)transaction does so.
+ */
+template <typename Fn>
+inline auto
+AsOwner(Oid owner, Fn fn)
+{
+	Oid user;
+	int context;
+	int nest_level;
+
+	GetUserIdAndSecContext(&user, &context);
+	SetUserIdAndSecContext(owner,
+						   context | SECURITY_LOCAL_USERID_CHANGE | SECURITY_RESTRICTED_OPERATION);
+	nest_level = NewGUCNestLevel();
+
+	auto result = fn();
+
+	AtEOXact_GUC(false, nest_level);
+	SetUserIdAndSecContext(user, context);
+	return result;
+}
+
+/* The search_path of filters, until the nest level of settings ends. */
+void SetFixedSearchPath();
+
+/*
+ * A stored filter, ready to be evaluated, in CurrentMemoryContext; Vars of varno 1.
+ * Parsed and simplified as the owner of its pair; *runs_as_owner: it has to be
+ * evaluated so as well.  Raises with the reason when it does not compile any more.
+ */
+ExprState *CompileFilter(Relation rel, const char *filter, Oid owner, bool *runs_as_owner);
 
 /* The cached state for a relation and a trigger (NULL: the registered pairs'). */
 CapturedTable *LookUp(Relation rel, Trigger *trigger);

@@ -5,8 +5,13 @@
  * A filter is stored deparsed, with every name qualified that is not in
  * pg_catalog, and is read under a fixed search_path.  So it means the same in
  * every session, whatever search_path the writer has.
+ *
+ * It may call functions of anybody's making, and to read it is to run code:
+ * input functions of literals, functions that are simplified away.  Whoever
+ * writes to the table, or happens to make it be read, must not lend them his
+ * rights: they run with those of the pair's owner, who answers for the filter.
  */
-#include "mmrepl/capture.hpp"
+#include "capture_internal.hpp"
 
 #include "mmrepl/error.hpp"
 
@@ -45,8 +50,7 @@ BeginFixedSearchPath()
 {
 	int nest_level = NewGUCNestLevel();
 
-	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET, PGC_S_SESSION,
-							 GUC_ACTION_SAVE, true, 0, false);
+	SetFixedSearchPath();
 	return nest_level;
 }
 
@@ -157,6 +161,48 @@ Analyze(Relation rel, const char *filter, Alias *alias)
 	return expression;
 }
 
+/* Callback of check_functions_in_node(): not the server's own, or not immutable. */
+bool
+IsOtherFunction(Oid function, void *)
+{
+	return function >= FirstGenbkiObjectId || func_volatile(function) != PROVOLATILE_IMMUTABLE;
+}
+
+/*
+ * Whether there is more in the expression than columns, constants and built-in
+ * immutable functions.  Kinds of nodes that are not named here may do anything.
+ */
+bool
+HasOtherCode(Node *node, void *context)
+{
+	if (node == NULL)
+		return false;
+	switch (nodeTag(node))
+	{
+		case T_Var:
+		case T_Const:
+		case T_List:
+		case T_FuncExpr:
+		case T_OpExpr:
+		case T_DistinctExpr:
+		case T_NullIfExpr:
+		case T_ScalarArrayOpExpr:
+		case T_BoolExpr:
+		case T_NullTest:
+		case T_BooleanTest:
+		case T_RelabelType:
+		case T_CoalesceExpr:
+		case T_CaseExpr:
+		case T_CaseWhen:
+		case T_CaseTestExpr:
+		case T_ArrayExpr:
+			return check_functions_in_node(node, IsOtherFunction, NULL) ||
+				   WalkExpression(node, HasOtherCode, context);
+		default:
+			return true;
+	}
+}
+
 /* For who writes a filter, and for who meets one that does not compile any more. */
 constexpr char kHintToWrite[] =
 	"Write what could stand behind WHERE in a query of the table, for example row_filter => "
@@ -234,41 +280,68 @@ AliasBeforeRename(Relation rel, const char *old_name, const char *new_name)
 
 } // namespace
 
-/* The simplified expression of a stored filter; raises when it does not compile any more. */
-Node *
-ParseFilter(Relation rel, const char *filter)
+/* Until the nest level of settings ends. */
+void
+SetFixedSearchPath()
 {
-	int nest_level = BeginFixedSearchPath();
-	Node *expression = WithSource(rel, filter, kHintToChange, [&] {
-		return (Node *) expression_planner((Expr *) Analyze(rel, filter, NULL));
-	});
+	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_SAVE, true, 0, false);
+}
 
-	AtEOXact_GUC(false, nest_level);
-	return expression;
+/* The simplified expression, made ready; raises when it does not compile any more. */
+ExprState *
+CompileFilter(Relation rel, const char *filter, Oid owner, bool *runs_as_owner)
+{
+	return WithSource(rel, filter, kHintToChange, [&] {
+		return AsOwner(owner, [&] {
+			SetFixedSearchPath();
+			Expr *expression = expression_planner((Expr *) Analyze(rel, filter, NULL));
+
+			*runs_as_owner = HasOtherCode((Node *) expression, NULL);
+			return ExecInitExpr(expression, NULL);
+		});
+	});
+}
+
+/* Nothing is simplified: that would run the functions in it. */
+void
+CheckFilter(Relation rel, const char *filter, Oid owner)
+{
+	(void) WithSource(rel, filter, kHintToChange, [&] {
+		return AsOwner(owner, [&] {
+			SetFixedSearchPath();
+			return Analyze(rel, filter, NULL);
+		});
+	});
 }
 
 /* A user's filter in the form in which it is stored; raises when it is not acceptable. */
 char *
-CanonicalFilter(Relation rel, const char *filter)
+CanonicalFilter(Relation rel, const char *filter, Oid owner)
 {
-	Node *expression =
-		WithSource(rel, filter, kHintToWrite, [&] { return Analyze(rel, filter, NULL); });
+	bool runs_as_owner;
+	Node *expression = WithSource(rel, filter, kHintToWrite, [&] {
+		return AsOwner(owner, [&] { return Analyze(rel, filter, NULL); });
+	});
 	char *result = Deparse(rel, expression);
 
-	(void) ParseFilter(rel, result);
+	(void) CompileFilter(rel, result, owner, &runs_as_owner);
 	return result;
 }
 
 /* A stored filter after a column's rename, in the form in which it is stored. */
 char *
-RenameInFilter(Relation rel, const char *filter, const char *old_name, const char *new_name)
+RenameInFilter(Relation rel, const char *filter, Oid owner, const char *old_name,
+			   const char *new_name)
 {
-	int nest_level = BeginFixedSearchPath();
 	Alias *alias = AliasBeforeRename(rel, old_name, new_name);
-	Node *expression =
-		WithSource(rel, filter, kHintToChange, [&] { return Analyze(rel, filter, alias); });
+	Node *expression = WithSource(rel, filter, kHintToChange, [&] {
+		return AsOwner(owner, [&] {
+			SetFixedSearchPath();
+			return Analyze(rel, filter, alias);
+		});
+	});
 
-	AtEOXact_GUC(false, nest_level);
 	return Deparse(rel, expression);
 }
 

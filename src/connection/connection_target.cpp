@@ -189,10 +189,10 @@ PasswordRequired(const ForeignDataWrapper *wrapper, const UserMapping *mapping, 
 
 /* Whether the role has a mapping of its own, as opposed to PUBLIC's (InvalidOid). */
 bool
-HasMapping(const ForeignServer *server, Oid role)
+HasMapping(Oid server, Oid role)
 {
 	return SearchSysCacheExists2(USERMAPPINGUSERSERVER, ObjectIdGetDatum(role),
-								 ObjectIdGetDatum(server->serverid));
+								 ObjectIdGetDatum(server));
 }
 
 /*
@@ -216,7 +216,7 @@ RequirePassword(const ForeignServer *server, const UserMapping *mapping, Oid own
 			 errdetail("Non-superusers must provide a password in the user mapping for server "
 					   "\"%s\".",
 					   server->servername),
-			 HasMapping(server, owner)
+			 HasMapping(server->serverid, owner)
 				 ? errhint("Run ALTER USER MAPPING FOR %s SERVER %s OPTIONS (ADD password '...').",
 						   role, name)
 				 : errhint("Run CREATE USER MAPPING FOR %s SERVER %s OPTIONS (user '...', "
@@ -236,19 +236,33 @@ RequireServer(Oid oid)
 	return server;
 }
 
+/* Raise when the role was dropped: PUBLIC's mapping is not meant for nobody. */
+void
+RequireRole(const ForeignServer *server, Oid owner)
+{
+	if (SearchSysCacheExists1(AUTHOID, ObjectIdGetDatum(owner)))
+		return;
+	ereport(ERROR,
+			(errcode(ERRCODE_UNDEFINED_OBJECT),
+			 errmsg("the owner of pairs to server \"%s\" does not exist any more",
+					server->servername),
+			 errdetail("The role with OID %u was dropped.", owner),
+			 errhint("SELECT mmrepl.drop_pair(local_table, server) FROM mmrepl.pairs WHERE owner = "
+					 "'%u'; and let a role that is there create the pairs again.",
+					 owner)));
+}
+
 /* The owner's mapping or PUBLIC's; raises when there is neither. */
 UserMapping *
 RequireMapping(const ForeignServer *server, Oid owner)
 {
 	const char *role;
 
-	if (HasMapping(server, owner) || HasMapping(server, InvalidOid))
+	RequireRole(server, owner);
+	if (IsMapped(server->serverid, owner))
 		return GetUserMapping(owner, server->serverid);
 
-	role = GetUserNameFromId(owner, true);
-	if (role == NULL)
-		ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT),
-						errmsg("role with OID %u does not exist", owner)));
+	role = GetUserNameFromId(owner, false);
 	ereport(ERROR,
 			(errcode(ERRCODE_UNDEFINED_OBJECT),
 			 errmsg("role \"%s\" has no user mapping for server \"%s\"", role, server->servername),
@@ -275,6 +289,12 @@ HashOf(const Parameters *parameters, bool password_required)
 }
 
 } // namespace
+
+bool
+IsMapped(Oid server, Oid role)
+{
+	return HasMapping(server, role) || HasMapping(server, InvalidOid);
+}
 
 /* Everything one needs to connect as `owner`; see the door for what it raises. */
 Target *

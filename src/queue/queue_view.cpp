@@ -4,6 +4,8 @@
  */
 #include "queue_internal.hpp"
 
+#include "mmrepl/stats.hpp"
+
 namespace mmrepl::queue
 {
 
@@ -117,6 +119,19 @@ PutStream(View *view)
 	}
 }
 
+/* The streams whose data the caller may see. */
+static List *
+VisibleStreams()
+{
+	List *visible = NIL;
+	ListCell *cell;
+
+	foreach(cell, catalog::AllStreams())
+		if (stats::MaySeeData(((const catalog::StreamRow *) lfirst(cell))->owner))
+			visible = lappend(visible, lfirst(cell));
+	return visible;
+}
+
 Datum
 SqlQueuedChanges(FunctionCallInfo fcinfo)
 {
@@ -128,16 +143,17 @@ SqlQueuedChanges(FunctionCallInfo fcinfo)
 	view.result = (ReturnSetInfo *) fcinfo->resultinfo;
 	view.per_segment =
 		AllocSetContextCreate(CurrentMemoryContext, "mmrepl queue view", ALLOCSET_DEFAULT_SIZES);
+	List *streams = VisibleStreams();
+
 	/* Until the end of the transaction: what is listed must not be emptied meanwhile. */
-	for (Oid queue : catalog::GetRelations().queue)
-		LockRelationOid(queue, AccessShareLock);
-	foreach(cell, catalog::AllStreams())
+	if (streams != NIL)
+		for (Oid queue : catalog::GetRelations().queue)
+			LockRelationOid(queue, AccessShareLock);
+	foreach(cell, streams)
 	{
 		view.stream = (const catalog::StreamRow *) lfirst(cell);
 		ForeignServer *server = GetForeignServerExtended(view.stream->server, FSV_MISSING_OK);
 
-		if (!has_privs_of_role(GetUserId(), view.stream->owner))
-			continue;
 		view.server_name = server != NULL ? server->servername : "(dropped)";
 		PutStream(&view);
 	}

@@ -132,25 +132,39 @@ RevalidatePairsBelow(Oid relation)
 	}
 }
 
-/* Whether the pair has a filter, and that may name something with this name (NULL: anything). */
-bool
-HasFilterWith(const PairRow &row, const char *name)
-{
-	return row.row_filter != NULL && (name == NULL || strstr(row.row_filter, name) != NULL);
-}
-
-/* Whether the table's key is, or was, an index that was named for that.  Takes no lock. */
+/* Whether an index of the table is its replica identity.  Takes no lock on the table. */
 bool
 HasIdentityIndex(Oid table)
+{
+	Relation indexes = table_open(IndexRelationId, AccessShareLock);
+	ScanKeyData key;
+	bool has = false;
+	HeapTuple tuple;
+
+	ScanKeyInit(&key, Anum_pg_index_indrelid, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(table));
+
+	SysScanDesc scan = systable_beginscan(indexes, IndexIndrelidIndexId, true, NULL, 1, &key);
+
+	while (!has && HeapTupleIsValid(tuple = systable_getnext(scan)))
+		has = ((Form_pg_index) GETSTRUCT(tuple))->indisreplident;
+	systable_endscan(scan);
+	table_close(indexes, AccessShareLock);
+	return has;
+}
+
+/* Whether the table's key was an index that was named for that, and is no more.  Takes no lock either. */
+bool
+LostIdentityIndex(Oid table)
 {
 	HeapTuple tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(table));
 
 	if (!HeapTupleIsValid(tuple))
 		return false;
-	bool has = ((Form_pg_class) GETSTRUCT(tuple))->relreplident == REPLICA_IDENTITY_INDEX;
+	bool named = ((Form_pg_class) GETSTRUCT(tuple))->relreplident == REPLICA_IDENTITY_INDEX;
 
 	ReleaseSysCache(tuple);
-	return has;
+	return named && !HasIdentityIndex(table);
 }
 
 /*
@@ -179,42 +193,6 @@ RevalidatePairs(Predicate concerns)
 			RevalidatePair(rel, *row);
 		relation_close(rel, NoLock);
 	}
-}
-
-/* The pairs with a filter that may name something with this name (NULL: all that have one). */
-void
-RevalidateFilters(const char *name)
-{
-	RevalidatePairs([&](const PairRow &row) { return HasFilterWith(row, name); });
-}
-
-/* Whether a filter may name an object of the kind, or name another one in its schema. */
-bool
-IsOfFilters(ObjectType type)
-{
-	switch (type)
-	{
-		case OBJECT_CAST:
-		case OBJECT_COLLATION:
-		case OBJECT_DOMAIN:
-		case OBJECT_EXTENSION:
-		case OBJECT_FUNCTION:
-		case OBJECT_OPERATOR:
-		case OBJECT_ROUTINE:
-		case OBJECT_SCHEMA:
-		case OBJECT_TYPE:
-			return true;
-		default:
-			return false;
-	}
-}
-
-/* A function is another one now: only filters that may call it matter, and only their tables are locked. */
-void
-OnFunction(const List *name)
-{
-	if (catalog::ExtensionExists())
-		RevalidateFilters(strVal(llast(name)));
 }
 
 /* ALTER TYPE, ALTER FOREIGN TABLE: the typed tables, or children, that it has locked are other ones now. */
@@ -260,7 +238,10 @@ OnAlterTable(const AlterTableStmt *statement)
 		if (HasCommand(statement, [](const AlterTableCmd &command) {
 				return command.subtype == AT_ChangeOwner;
 			}))
+		{
 			RevalidateHandTriggers(rel);
+			NoticePairsOfOthers(rel);
+		}
 	});
 }
 
@@ -316,7 +297,8 @@ RenameColumn(Oid table, const char *old_name, const char *new_name)
 		MapRenamedColumn(row, old_name, new_name);
 		DropIdleMapping(row, new_name);
 		if (row->row_filter != NULL)
-			row->row_filter = capture::RenameInFilter(rel, row->row_filter, old_name, new_name);
+			row->row_filter =
+				capture::RenameInFilter(rel, row->row_filter, row->owner, old_name, new_name);
 		UpdatePairRow(row);
 	}
 	relation_close(rel, NoLock);
@@ -353,13 +335,6 @@ TablesOfType(Oid type)
 	return tables;
 }
 
-/* A filter may name the column or attribute inside of another column; it does not follow. */
-void
-RevalidateFiltersInside(const char *name)
-{
-	RevalidateFilters(psprintf(".%s", quote_identifier(name)));
-}
-
 /* ALTER TABLE ... RENAME COLUMN; a foreign table may have children that are replicated. */
 void
 OnRenameColumn(const RenameStmt *statement)
@@ -368,7 +343,7 @@ OnRenameColumn(const RenameStmt *statement)
 		return;
 	WithRelation(statement->relation,
 				 [&](Relation rel) { RenameColumnBelow(RelationGetRelid(rel), statement); });
-	RevalidateFiltersInside(statement->subname);
+	RequireFiltersInside(statement->subname);
 }
 
 /* ALTER TYPE ... RENAME ATTRIBUTE: with CASCADE the type's tables are renamed a column of. */
@@ -383,7 +358,7 @@ OnRenameAttribute(const RenameStmt *statement)
 		foreach(cell, TablesOfType(type->rd_rel->reltype))
 			RenameColumnBelow(lfirst_oid(cell), statement);
 	});
-	RevalidateFiltersInside(statement->subname);
+	RequireFiltersInside(statement->subname);
 }
 
 /* The first trigger made by hand that names the server; InvalidOid: there is none. */
@@ -472,43 +447,18 @@ OnRename(const RenameStmt *statement)
 		OnRenameServer(statement);
 	else if (statement->renameType == OBJECT_TRIGGER && catalog::ExtensionExists())
 		WithRelation(statement->relation, WarnOfEarlier);
-	else if (IsOfFilters(statement->renameType) && catalog::ExtensionExists())
-		RevalidateFilters(NULL);
-}
-
-/* Whether the command may have dropped more than it names: an object in a schema, maybe. */
-bool
-MayCascade(const Node *command)
-{
-	if (command == NULL)
-		return true;
-	if (IsA(command, DropStmt))
-		return ((const DropStmt *) command)->behavior == DROP_CASCADE;
-	if (IsA(command, AlterTableStmt))
-		return HasCommand((const AlterTableStmt *) command, [](const AlterTableCmd &each) {
-			return each.subtype == AT_DropColumn || each.behavior == DROP_CASCADE;
-		});
-	return true;
+	else
+		RequireFiltersAfterRename(statement);
 }
 
 } // namespace
 
-/*
- * Who drops a column or an index has locked its table.  Nothing depends on what a
- * filter names; what is not the server's own is written there with its schema.
- */
+/* Who drops a column has locked its table; an index is dropped CONCURRENTLY under other locks. */
 void
-RevalidateAfterDrop(const Node *command)
+RevalidateAfterDrop()
 {
-	bool drop = command != NULL && IsA(command, DropStmt);
-	ObjectType type = drop ? ((const DropStmt *) command)->removeType : OBJECT_TABLE;
-	bool any = drop && IsOfFilters(type);
-	bool qualified = MayCascade(command);
-
-	RevalidatePairs([&](const PairRow &row) {
-		return HoldsExclusiveLock(row.table) || (any && HasFilterWith(row, NULL)) ||
-			   (qualified && HasFilterWith(row, ".")) ||
-			   (type == OBJECT_INDEX && HasIdentityIndex(row.table));
+	RevalidatePairs([](const PairRow &row) {
+		return HoldsExclusiveLock(row.table) || LostIdentityIndex(row.table);
 	});
 }
 
@@ -537,23 +487,28 @@ SqlOnDdlEnd(FunctionCallInfo fcinfo)
 			OnRename((const RenameStmt *) command);
 			break;
 		case T_AlterObjectSchemaStmt:
-			if (IsOfFilters(((const AlterObjectSchemaStmt *) command)->objectType) &&
-				catalog::ExtensionExists())
-				RevalidateFilters(NULL);
+			RequireFiltersAfterMove((const AlterObjectSchemaStmt *) command);
 			break;
-		case T_AlterFunctionStmt: /* it may be volatile now */
-			OnFunction(((const AlterFunctionStmt *) command)->func->objname);
+		case T_AlterFunctionStmt:
+			RequireFiltersNaming(((const AlterFunctionStmt *) command)->func->objname);
 			break;
-		case T_CreateFunctionStmt: /* so may what it replaces */
-			OnFunction(((const CreateFunctionStmt *) command)->funcname);
+		case T_CreateFunctionStmt:
+			RequireFiltersNaming(((const CreateFunctionStmt *) command)->funcname);
+			break;
+		case T_AlterEnumStmt:
+			RequireFiltersNaming(((const AlterEnumStmt *) command)->typeName);
 			break;
 		case T_AlterForeignServerStmt:
 		case T_AlterFdwStmt:
 		case T_CreateUserMappingStmt:
 		case T_AlterUserMappingStmt:
-		case T_DropUserMappingStmt:
-		case T_DropOwnedStmt: /* maybe of a mapping */
 			WakeWorkers();
+			break;
+		case T_DropUserMappingStmt:
+			OnDropUserMapping((const DropUserMappingStmt *) command);
+			break;
+		case T_DropOwnedStmt:
+			OnDropOwned((const DropOwnedStmt *) command);
 			break;
 		default:
 			break;

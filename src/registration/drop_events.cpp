@@ -224,8 +224,7 @@ RequirePairTriggers(Oid table)
 				 errdetail(
 					 "The triggers that call mmrepl.replicate() without arguments capture the "
 					 "changes of the table's pairs."),
-				 errhint("SELECT mmrepl.drop_pair(%s, %s); drops them with the table's last pair.",
-						 quote_literal_cstr(QualifiedName(rel)), quote_literal_cstr(row->server))));
+				 errhint("%s drops them with the table's last pair.", DropCommand(*row))));
 	relation_close(rel, NoLock);
 }
 
@@ -262,10 +261,11 @@ SqlOnDrop(FunctionCallInfo fcinfo)
 		PG_RETURN_VOID();
 	RemovePairsWithoutTable();
 	RemoveWhatServersLeft(command);
+	RequireFiltersAfterDrop();
 	if (command != NULL && IsA(command, DropStmt) &&
 		((const DropStmt *) command)->removeType == OBJECT_TRIGGER)
 		OnDropTrigger((const DropStmt *) command);
-	RevalidateAfterDrop(command);
+	RevalidateAfterDrop();
 	PG_RETURN_VOID();
 }
 

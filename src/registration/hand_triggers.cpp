@@ -164,8 +164,7 @@ RequireNoSuchPair(Relation rel, const Trigger *trigger)
 					RelationGetRelationName(rel), pair.server),
 			 errdetail("It goes to table %s there, by pair %d: each change would arrive twice.",
 					   QualifiedName(pair.remote_schema, pair.remote_table), pair.id),
-			 errhint("Leave the trigger out, or SELECT mmrepl.drop_pair(%s, %s); before.",
-					 quote_literal_cstr(QualifiedName(rel)), quote_literal_cstr(pair.server))));
+			 errhint("Leave the trigger out, or %s before.", DropCommand(pair))));
 }
 
 /* A trigger with arguments. */

@@ -277,6 +277,17 @@ QualifiedName(Relation rel)
 						 RelationGetRelationName(rel));
 }
 
+/* palloc'd. */
+char *
+DropCommand(const PairRow &row)
+{
+	char *table =
+		QualifiedName(get_namespace_name(get_rel_namespace(row.table)), get_rel_name(row.table));
+
+	return psprintf("SELECT mmrepl.drop_pair(%s, %s);", quote_literal_cstr(table),
+					quote_literal_cstr(row.server));
+}
+
 /* Says why, and what to replicate instead. */
 void
 RequireReplicable(Relation rel)
@@ -318,6 +329,18 @@ RequireServer(const char *name, Oid role)
 						errhint("GRANT USAGE ON FOREIGN SERVER %s TO %s;", quote_identifier(name),
 								quote_identifier(GetUserNameFromId(role, false)))));
 	return server;
+}
+
+/* Says who may do what about it. */
+void
+RequirePairOwner(const PairRow &row)
+{
+	if (SearchSysCacheExists1(AUTHOID, ObjectIdGetDatum(row.owner)))
+		return;
+	ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT),
+					errmsg("the owner of pair %d does not exist any more", row.id),
+					errdetail("The role with OID %u was dropped.", row.owner),
+					errhint("%s and create the pair again.", DropCommand(row))));
 }
 
 /* The primary key, else the index of REPLICA IDENTITY USING INDEX. */
@@ -381,8 +404,21 @@ RevalidatePair(Relation rel, const PairRow &row)
 	error_context_stack = &callback;
 	RequireReplicable(rel);
 	(void) ResolveColumns(rel, RequireKey(rel), row);
-	if (row.row_filter != NULL)
-		(void) capture::ParseFilter(rel, row.row_filter);
+	error_context_stack = callback.previous;
+	RevalidateFilter(rel, row);
+}
+
+/* Raises also when the pair's owner has lost a right that it needs. */
+void
+RevalidateFilter(Relation rel, const PairRow &row)
+{
+	ErrorContextCallback callback = {error_context_stack, DescribePair,
+									 const_cast<PairRow *>(&row)};
+
+	if (row.row_filter == NULL)
+		return;
+	error_context_stack = &callback;
+	capture::CheckFilter(rel, row.row_filter, row.owner);
 	error_context_stack = callback.previous;
 }
 

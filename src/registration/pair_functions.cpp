@@ -191,7 +191,7 @@ ApplyOptions(PairRow *row, const Options &options, Relation rel)
 	if (options.row_filter != NULL)
 		row->row_filter = options.row_filter[0] == '\0'
 							  ? NULL
-							  : capture::CanonicalFilter(rel, options.row_filter);
+							  : capture::CanonicalFilter(rel, options.row_filter, row->owner);
 	if (options.conflict_resolution != NULL)
 		row->conflict_resolution = options.conflict_resolution;
 	if (options.on_unreachable != NULL)
@@ -321,15 +321,21 @@ CreatePair(Relation rel, const char *server_name, const Options &options)
 void
 RequireMayAlter(Relation rel, const PairRow &row, const Options &options)
 {
+	bool elsewhere = options.remote_table != NULL || options.has_columns || options.has_map;
+	bool filters = options.row_filter != NULL && options.row_filter[0] != '\0';
+
 	RequireTableOwner(rel);
-	if ((options.remote_table == NULL && !options.has_columns && !options.has_map) ||
-		has_privs_of_role(GetUserId(), row.owner))
+	RequirePairOwner(row);
+	if ((!elsewhere && !filters) || has_privs_of_role(GetUserId(), row.owner))
 		return;
-	ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-					errmsg("must be owner of pair %d to change where its changes go", row.id),
-					errdetail("The pair connects with the user mapping of role \"%s\".",
-							  GetUserNameFromId(row.owner, true)),
-					errhint("Drop the pair and create one of your own.")));
+	ereport(ERROR,
+			(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+			 elsewhere ? errmsg("must be owner of pair %d to change where its changes go", row.id)
+					   : errmsg("must be owner of pair %d to give it a row filter", row.id),
+			 errdetail("The pair connects with the user mapping of role \"%s\", and its filter "
+					   "runs with the rights of that role.",
+					   GetUserNameFromId(row.owner, false)),
+			 errhint("Drop the pair and create one of your own.")));
 }
 
 /* alter_pair() with its arguments read. */
@@ -354,7 +360,7 @@ AlterPair(Relation rel, const char *server_name, const Options &options)
 	PairColumns columns = ResolveColumns(rel, key, row);
 
 	if (row.row_filter != NULL)
-		(void) capture::ParseFilter(rel, row.row_filter);
+		capture::CheckFilter(rel, row.row_filter, row.owner);
 	if (options.remote_table != NULL || options.has_columns || options.has_map || options.enabled ||
 		options.copy_data)
 		AskPeer(rel, row, server, columns);
@@ -373,7 +379,8 @@ RequireMayDrop(Relation rel, const PairRow &row)
 	ereport(ERROR, (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 					errmsg("must be owner of pair %d or of table \"%s\" to drop the pair", row.id,
 						   RelationGetRelationName(rel)),
-					errhint("Let role \"%s\" do it.", GetUserNameFromId(row.owner, true))));
+					errhint("Let role \"%s\" do it.",
+							GetUserNameFromId(catalog::TableOwner(RelationGetRelid(rel)), false))));
 }
 
 /* Say that what is queued is still delivered. */

@@ -79,6 +79,8 @@ struct PairColumns
 /* "schema.table", quoted where need be. */
 char *QualifiedName(Relation rel);
 char *QualifiedName(const char *schema, const char *table);
+/* The command that drops the pair, for hints. */
+char *DropCommand(const PairRow &row);
 
 /* Raise unless it is a table whose changes can be replicated. */
 void RequireReplicable(Relation rel);
@@ -86,12 +88,15 @@ void RequireReplicable(Relation rel);
 void RequireTableOwner(Relation rel);
 /* The server's OID; raises when there is none or the role may not use it. */
 Oid RequireServer(const char *name, Oid role);
+/* Raises when the role that owns the pair was dropped. */
+void RequirePairOwner(const PairRow &row);
 /* Raises when the table has no usable key. */
 Key RequireKey(Relation rel);
 /* The columns to replicate; raises when the lists of the row do not fit the table. */
 PairColumns ResolveColumns(Relation rel, const Key &key, const PairRow &row);
 /* All of it for a pair that exists; the error's context names the pair. */
 void RevalidatePair(Relation rel, const PairRow &row);
+void RevalidateFilter(Relation rel, const PairRow &row); /* that part of it */
 
 /* ---- resync.cpp ---- */
 
@@ -152,11 +157,23 @@ void WarnOfEarlier(Relation rel);
 
 /* ---- ddl_events.cpp ---- */
 
-/*
- * After a command that has dropped something: raise when it took the key of a pair's
- * table, a column that a pair names, or what a pair's row filter needs.
- */
-void RevalidateAfterDrop(const Node *command);
+/* After something was dropped: raise when that took the key of a pair's table, or a column that a pair names. */
+void RevalidateAfterDrop();
+
+/* ---- filter_events.cpp: raise when DDL took what the row filter of a pair needs ---- */
+
+void RequireFiltersNaming(const List *name);
+void RequireFiltersInside(const char *name);
+void RequireFiltersAfterRename(const RenameStmt *statement);
+void RequireFiltersAfterMove(const AlterObjectSchemaStmt *statement);
+/* Only in the event trigger for sql_drop. */
+void RequireFiltersAfterDrop();
+
+/* ---- owner_events.cpp ---- */
+
+void OnDropOwned(const DropOwnedStmt *statement);
+void OnDropUserMapping(const DropUserMappingStmt *statement);
+void NoticePairsOfOthers(Relation rel);
 
 /* ---- hand_triggers.cpp ---- */
 

@@ -179,13 +179,18 @@ ForPair(Oid database, int32 pair_id)
 	return SearchOrTake(shared->pairs, PairKey{database, pair_id});
 }
 
+PairCounters *
+FindPair(Oid database, int32 pair_id)
+{
+	if (shared == NULL)
+		return NULL;
+	return Search(shared->pairs, PairKey{database, pair_id}, (PairCounters **) NULL);
+}
+
 void
 ForgetPair(Oid database, int32 pair_id)
 {
-	if (shared == NULL)
-		return;
-
-	PairCounters *entry = Search(shared->pairs, PairKey{database, pair_id}, (PairCounters **) NULL);
+	PairCounters *entry = FindPair(database, pair_id);
 
 	if (entry != NULL)
 		Leave(entry);
@@ -199,6 +204,15 @@ CountTableConflict(Oid relation, Oid server)
 
 	if (entry != NULL)
 		pg_atomic_fetch_add_u64(&entry->conflicts, 1);
+}
+
+uint64
+ConflictsOf(Oid relation, Oid server)
+{
+	ConflictCounters *entry = Search(shared->conflicts, ConflictKey{MyDatabaseId, relation, server},
+									 (ConflictCounters **) NULL);
+
+	return entry == NULL ? 0 : pg_atomic_read_u64(&entry->conflicts);
 }
 
 /* Forget this database's conflicts with a server, or (InvalidOid) with all. */

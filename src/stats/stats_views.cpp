@@ -1,6 +1,6 @@
 /*
  * stats_views.cpp
- *		The SQL functions below pg_stat_mmrepl and pg_stat_mmrepl_pairs.
+ *		The SQL function below pg_stat_mmrepl, and what sets counters to zero.
  */
 #include "stats_internal.hpp"
 
@@ -101,10 +101,10 @@ struct Sample
 };
 
 /*
- * The state to show: a pause counts from the call on, and a state that only a
- * running worker can be in is that of a worker to come when none runs.
+ * A pause counts from the call on, and a state that only a running worker can be in
+ * is that of a worker to come when none runs.
  */
-static shmem::WorkerState
+shmem::WorkerState
 ShownState(const shmem::Stream &stream)
 {
 	using shmem::WorkerState;
@@ -198,6 +198,16 @@ AddQueue(RowBuilder *row, shmem::Stream &stream, const Sample &sample)
 	row->AddUnlessZero((int64) pg_atomic_read_u64(&stream.confirmed));
 }
 
+/* The last error; detail and context, which may show rows, to those only who may see these. */
+static Datum
+ShownError(const Sample &sample)
+{
+	const char *error = sample.last_error;
+	int length = (int) (MaySeeData(sample.owner) ? strlen(error) : strcspn(error, "\n"));
+
+	return PointerGetDatum(cstring_to_text_with_len(error, length));
+}
+
 /* The columns from consecutive_failures to last_error_at. */
 static void
 AddFailures(RowBuilder *row, const Sample &sample)
@@ -206,7 +216,7 @@ AddFailures(RowBuilder *row, const Sample &sample)
 
 	row->Add(Int32GetDatum(sample.consecutive_failures));
 	row->AddUnlessZero(sample.next_retry_at);
-	row->AddIf(failed, CStringGetTextDatum(sample.last_error));
+	row->AddIf(failed, ShownError(sample));
 	row->AddIf(failed, CStringGetTextDatum(sample.last_error_sqlstate));
 	row->AddUnlessZero(sample.last_error_at);
 }
@@ -257,52 +267,6 @@ StatStreams(FunctionCallInfo fcinfo)
 		if (!TakeSample(stream, &sample) || !MaySeeStatistics(sample.owner))
 			continue;
 		BuildStreamRow(&row, stream, sample);
-		PutRow(result, &row);
-	}
-	return (Datum) 0;
-}
-
-/* ---- pairs and conflicts ---- */
-
-Datum
-StatPairs(FunctionCallInfo fcinfo)
-{
-	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
-
-	shmem::RequireReady();
-	InitMaterializedSRF(fcinfo, 0);
-	for (PairCounters &entry : GetShared()->pairs)
-	{
-		RowBuilder row = {};
-
-		if (!IsTaken(entry) || entry.database != MyDatabaseId)
-			continue;
-		row.Add(Int32GetDatum(entry.pair_id));
-		row.AddCount(&entry.inserts);
-		row.AddCount(&entry.updates);
-		row.AddCount(&entry.deletes);
-		row.AddCount(&entry.truncates);
-		PutRow(result, &row);
-	}
-	return (Datum) 0;
-}
-
-Datum
-StatConflicts(FunctionCallInfo fcinfo)
-{
-	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
-
-	shmem::RequireReady();
-	InitMaterializedSRF(fcinfo, 0);
-	for (ConflictCounters &entry : GetShared()->conflicts)
-	{
-		RowBuilder row = {};
-
-		if (!IsTaken(entry) || entry.database != MyDatabaseId)
-			continue;
-		row.Add(ObjectIdGetDatum(entry.relation));
-		row.Add(ObjectIdGetDatum(entry.server));
-		row.AddCount(&entry.conflicts);
 		PutRow(result, &row);
 	}
 	return (Datum) 0;

@@ -185,21 +185,6 @@ Judge(const Work *work, const Failure *failure)
 	return Outcome::Refused;
 }
 
-/* Raise what the peer refused; a lock wait that was too long is a deadlock to the user. */
-[[noreturn]] void
-RaiseRefusal(const Work *work, const Failure *failure, const char *command)
-{
-	if (failure->sqlstate == ERRCODE_LOCK_NOT_AVAILABLE)
-		ereport(ERROR,
-				(errcode(ERRCODE_T_R_DEADLOCK_DETECTED),
-				 errmsg("deadlock or lock wait across nodes"),
-				 errdetail("Server \"%s\" says: %s", work->server_name, failure->message),
-				 errhint("Retry the transaction."),
-				 failure->context ? (errcontext("%s", failure->context)) : 0,
-				 errcontext("remote command on server \"%s\": %s", work->server_name, command)));
-	connection::ReportFailure(failure, work->server_name, command);
-}
-
 /* Raise unless the remote transaction, if one was begun, is there and can be used. */
 void
 RequireUsable(Work *work)

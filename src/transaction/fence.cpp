@@ -98,8 +98,12 @@ FailForDeadlock(int bound, connection::Failure *failure)
 }
 
 static bool
-FailForTime(shmem::WorkerState state, connection::Failure *failure)
+FailForTime(shmem::Stream &stream, connection::Failure *failure)
 {
+	SpinLockAcquire(&stream.mutex);
+	shmem::WorkerState state = stats::ShownState(stream);
+	SpinLockRelease(&stream.mutex);
+
 	*failure = {};
 	failure->sqlstate = ERRCODE_MMREPL_SYNC_TIMEOUT;
 	failure->message = pstrdup("earlier changes for the server are still queued");
@@ -240,7 +244,7 @@ PassNow(Work *work, shmem::Stream &stream, const Sight &sight, connection::Failu
 		return Passed(work, stream, sight.goal, serial);
 	if (queue::NeedsResync(work->route.stream)) /* by now */
 		return FailForResync(work, failure);
-	return locked ? FailForDeadlock(bound, failure) : FailForTime(state, failure);
+	return locked ? FailForDeadlock(bound, failure) : FailForTime(stream, failure);
 }
 
 /*

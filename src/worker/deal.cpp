@@ -159,20 +159,8 @@ Drain(const catalog::StreamRow *row, int64 limit)
 static bool
 DrainQuietly(const catalog::StreamRow *row, int64 limit)
 {
-	MemoryContext context = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
+	ErrorData *error = Attempted([&] { Drain(row, limit); });
 
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(context);
-	ErrorData *error = Caught([&] { Drain(row, limit); });
-
-	MemoryContextSwitchTo(context);
-	if (error == NULL)
-		ReleaseCurrentSubTransaction();
-	else
-		RollbackAndReleaseCurrentSubTransaction();
-	MemoryContextSwitchTo(context);
-	CurrentResourceOwner = owner;
 	if (error == NULL)
 		return true;
 	if (error->sqlerrcode == ERRCODE_QUERY_CANCELED)
