@@ -124,6 +124,7 @@ extern "C" {
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/numeric.h"
+#include "utils/pg_locale.h"
 #include "utils/pg_lsn.h"
 #include "utils/pidfile.h"
 #include "utils/portal.h"
@@ -141,6 +142,7 @@ extern "C" {
 #include "utils/varlena.h"
 #include "utils/wait_event.h"
 #include "utils/xid8.h"
+#include "utils/xml.h"
 #ifdef __linux__
 #include <linux/sockios.h>
 #endif

@@ -145,12 +145,7 @@ CaptureRow(CapturedTable *table, Target *target, TupleTableSlot *old_row, TupleT
 
 	if (!KindFor(table, target, old_row, new_row, &kind))
 		return;
-	if (!target->encoder->needs_text_format)
-	{
-		Append(target, kind, old_row, new_row);
-		return;
-	}
-	int nest_level = change::BeginTextFormat();
+	int nest_level = change::BeginTextFormat(target->encoder->settings);
 
 	Append(target, kind, old_row, new_row);
 	change::EndTextFormat(nest_level);

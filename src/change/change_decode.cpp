@@ -489,6 +489,7 @@ void
 AppendSql(StringInfo sql, const Change *change)
 {
 	const Relation *rel = change->relation;
+	int nest_level = BeginTextFormat(kTextSettings);
 	char *table = quote_qualified_identifier(rel->remote_schema, rel->remote_table);
 
 	switch (change->kind)
@@ -507,6 +508,7 @@ AppendSql(StringInfo sql, const Change *change)
 			appendStringInfo(sql, "TRUNCATE TABLE ONLY %s", table);
 			break;
 	}
+	EndTextFormat(nest_level);
 }
 
 /* ---- conflict rules ---- */

@@ -11,25 +11,6 @@ static uint64 last_serial;
 
 /* ---- columns ---- */
 
-/* Whether a type's text form is the same under any settings. */
-static bool
-TextIsStable(Oid type)
-{
-	switch (type)
-	{
-		case JSONOID:
-		case JSONBOID:
-		case XMLOID:
-		case NAMEOID:
-		case CHAROID:
-		case TSVECTOROID:
-		case TSQUERYOID:
-			return true;
-		default:
-			return get_typtype(type) == TYPTYPE_ENUM;
-	}
-}
-
 /* Choose how a column travels. */
 static void
 BuildColumn(ColumnEncoder *column, const ColumnSpec &spec, Form_pg_attribute attribute)
@@ -43,7 +24,7 @@ BuildColumn(ColumnEncoder *column, const ColumnSpec &spec, Form_pg_attribute att
 	column->binary = base < kFirstUnstableOid && WireOf(base) != Wire::Text;
 	column->type = column->binary ? base : attribute->atttypid;
 	column->wire = column->binary ? WireOf(base) : Wire::Text;
-	column->by_text = !column->binary && !TextIsStable(base);
+	column->settings = column->binary ? kNoSettings : SettingsOf(base);
 	if (column->binary)
 		getTypeBinaryOutputInfo(column->type, &function, &is_varlena);
 	else
@@ -129,7 +110,7 @@ BuildRelationEncoder(const RelationSpec &spec, TupleDesc desc)
 		BuildColumn(&rel->columns[i], column, TupleDescAttr(desc, column.attnum - 1));
 		PutColumn(&buf, rel->columns[i], column.remote_name);
 		rel->entries[i + 1] = (uint32) buf.len;
-		rel->needs_text_format |= rel->columns[i].by_text;
+		rel->settings |= rel->columns[i].settings;
 	}
 	rel->definition = buf.data;
 	rel->definition_length = (uint32) buf.len;
@@ -173,7 +154,7 @@ BuildPartial(const RelationEncoder *rel, const Bitmapset *sparing)
 
 		*column = rel->columns[i];
 		fmgr_info_copy(&column->output, &rel->columns[i].output, CurrentMemoryContext);
-		partial->needs_text_format |= column->by_text;
+		partial->settings |= column->settings;
 	}
 	SpareInDefinition(partial, rel);
 	return partial;

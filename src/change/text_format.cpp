@@ -1,0 +1,172 @@
+/*
+ * text_format.cpp
+ *		The settings that texts depend on, and the values that they have while texts
+ *		are made and read for peers.
+ */
+#include "change_internal.hpp"
+
+namespace mmrepl::change
+{
+
+/* A setting, what it is while it counts, and whether it is that already. */
+struct Pinned
+{
+	Settings part_of;
+	const char *name;
+	const char *value;
+	bool (*holds)();
+};
+
+constexpr const char *kPath = "pg_catalog, pg_temp";
+
+/* Zones of another name may be the same one; whoever has one of these has it for sure. */
+static bool
+IsUtc()
+{
+	const char *zone = pg_get_timezone_name(session_timezone);
+
+	return zone != NULL && (strcmp(zone, "UTC") == 0 || strcmp(zone, "Etc/UTC") == 0);
+}
+
+static bool
+IsC(const char *locale)
+{
+	return strcmp(locale, "C") == 0 || strcmp(locale, "POSIX") == 0;
+}
+
+/* Most values are the defaults. */
+static constexpr Pinned pinned[] = {
+	{kDateStyle, "DateStyle", "ISO", [] { return DateStyle == USE_ISO_DATES; }},
+	{kIntervalStyle, "IntervalStyle", "postgres",
+	 [] { return IntervalStyle == INTSTYLE_POSTGRES; }},
+	{kTimeZone, "TimeZone", "UTC", IsUtc},
+	{kFloatDigits, "extra_float_digits", "3", [] { return extra_float_digits > 0; }},
+	{kByteaOutput, "bytea_output", "hex", [] { return bytea_output == BYTEA_OUTPUT_HEX; }},
+	{kArrayNulls, "array_nulls", "on", [] { return Array_nulls; }},
+	{kMonetary, "lc_monetary", "C", [] { return IsC(locale_monetary); }},
+	{kXmlOption, "xmloption", "content", [] { return xmloption == XMLOPTION_CONTENT; }},
+	{kNames, "search_path", kPath, [] { return strcmp(namespace_search_path, kPath) == 0; }},
+	{kNames, "quote_all_identifiers", "off", [] { return !quote_all_identifiers; }},
+};
+
+/* ---- types ---- */
+
+/* Of a built-in type that is made of no others; those of user types may depend on anything. */
+static Settings
+SettingsOfBase(Oid type)
+{
+	switch (type)
+	{
+		case BOOLOID:
+		case CHAROID:
+		case NAMEOID:
+		case INT2OID:
+		case INT4OID:
+		case INT8OID:
+		case INT2VECTOROID:
+		case NUMERICOID:
+		case OIDOID:
+		case OIDVECTOROID:
+		case TIDOID:
+		case XIDOID:
+		case CIDOID:
+		case XID8OID:
+		case PG_LSNOID:
+		case PG_SNAPSHOTOID:
+		case TEXTOID:
+		case VARCHAROID:
+		case BPCHAROID:
+		case JSONOID:
+		case JSONBOID:
+		case JSONPATHOID:
+		case TSVECTOROID:
+		case TSQUERYOID:
+		case UUIDOID:
+		case TIMEOID:
+		case INETOID:
+		case CIDROID:
+		case MACADDROID:
+		case MACADDR8OID:
+		case BITOID:
+		case VARBITOID:
+			return kNoSettings;
+		case FLOAT4OID:
+		case FLOAT8OID:
+		case POINTOID:
+		case LSEGOID:
+		case PATHOID:
+		case BOXOID:
+		case POLYGONOID:
+		case LINEOID:
+		case CIRCLEOID:
+			return kFloatDigits;
+		case DATEOID:
+		case TIMESTAMPOID:
+		case TIMETZOID:
+			return kDateStyle;
+		case TIMESTAMPTZOID:
+			return kDateStyle | kTimeZone;
+		case INTERVALOID:
+			return kIntervalStyle;
+		case MONEYOID:
+			return kMonetary;
+		case BYTEAOID:
+			return kByteaOutput;
+		case XMLOID:
+			return kXmlOption;
+		default:
+			return kTextSettings;
+	}
+}
+
+/* A composite type may get other columns at any time. */
+Settings
+SettingsOf(Oid type)
+{
+	Oid base = getBaseType(type);
+
+	switch (get_typtype(base))
+	{
+		case TYPTYPE_ENUM:
+			return kNoSettings;
+		case TYPTYPE_RANGE:
+			return SettingsOf(get_range_subtype(base));
+		case TYPTYPE_MULTIRANGE:
+			return SettingsOf(get_multirange_range(base));
+		default:
+			break;
+	}
+	Oid element = get_element_type(base);
+
+	return OidIsValid(element) ? kArrayNulls | SettingsOf(element) : SettingsOfBase(base);
+}
+
+/* ---- pinning ---- */
+
+int
+BeginTextFormat(Settings settings)
+{
+	int nest_level = 0;
+
+	if (settings == kNoSettings)
+		return nest_level;
+	for (const Pinned &each : pinned)
+	{
+		if ((each.part_of & settings) == 0 || each.holds())
+			continue;
+		if (nest_level == 0)
+			nest_level = NewGUCNestLevel();
+		(void) set_config_option(each.name, each.value, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE,
+								 true, 0, false);
+	}
+	return nest_level;
+}
+
+void
+EndTextFormat(int nest_level)
+{
+	if (nest_level != 0)
+		AtEOXact_GUC(true, nest_level);
+}
+
+} // namespace mmrepl::change

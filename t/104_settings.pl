@@ -1,0 +1,237 @@
+# What travels, what a row filter says and what the queue shows must not depend on
+# the settings of the sessions at either end.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/lib";
+
+use MmreplCluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+# A locale whose money is not that of the C locale, for both servers; undef where none
+# can be made.
+sub german
+{
+	my $dir = PostgreSQL::Test::Utils::tempdir;
+
+	return undef if system("localedef -i de_DE -f UTF-8 $dir/de_DE.UTF-8 >$dir/log 2>&1") != 0;
+	$ENV{LOCPATH} = $dir;
+	return 'de_DE.UTF-8';
+}
+
+my $german = german();
+my ($alpha, $beta) = MmreplCluster->new_pair;
+
+sub here
+{
+	return $alpha->safe_psql('postgres', $_[0]);
+}
+
+sub there
+{
+	return $beta->safe_psql('postgres', $_[0]);
+}
+
+sub synced
+{
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return $alpha->wait_caught_up('beta');
+}
+
+# Settings of every new session at beta, as of those in which changes are applied.
+sub configure_beta
+{
+	my (%settings) = @_;
+
+	there(join ';', map { "ALTER DATABASE postgres SET $_ = $settings{$_}" } keys %settings);
+	$beta->terminate_peers;
+	return;
+}
+
+sub reset_beta
+{
+	there('ALTER DATABASE postgres RESET ALL');
+	$beta->terminate_peers;
+	return;
+}
+
+# psql as somebody uses it whose settings are not the default ones.
+my $strange = q{
+	SET DateStyle = 'German';
+	SET IntervalStyle = 'iso_8601';
+	SET TimeZone = 'Asia/Kathmandu';
+	SET extra_float_digits = -10;
+	SET bytea_output = 'escape';
+	SET array_nulls = off;
+	SET xmloption = document;
+	SET quote_all_identifiers = on;
+	SET standard_conforming_strings = off;
+	SET default_text_search_config = 'pg_catalog.english';
+	SET search_path = pg_temp;
+};
+$strange .= "SET lc_monetary = '$german'; SET lc_numeric = '$german'; SET lc_time = '$german';" if $german;
+
+###############################################################################
+
+# Digests of long old values were made of texts that depended on TimeZone and
+# quote_all_identifiers: rows that were the same were taken for others.
+section 'digests of long values' => sub {
+	$alpha->create_table_on_both(
+		$beta, q{
+		CREATE SCHEMA names;
+		CREATE TABLE names.first_of_the_tables (id int);
+		CREATE TABLE names.second_of_the_tables (id int);
+		CREATE TYPE moment AS (at timestamptz, span interval, price money, raw bytea);
+		CREATE TABLE digests (id int PRIMARY KEY, n int,
+			at timestamptz[], during tstzrange[], whenever tstzmultirange, tables regclass[], types regtype[],
+			whole moment[], prices money[], spans interval[], points point[])});
+	$alpha->create_pair('digests', 'beta', q{mode => 'sync'});
+	here(
+		q{INSERT INTO digests SELECT g, 0,
+			array_fill('2024-03-01 12:00:00.25+01'::timestamptz, ARRAY[20]),
+			array_fill('[2024-03-01 12:00+01,2024-07-01 12:00+02)'::tstzrange, ARRAY[20]),
+			(SELECT range_agg(tstzrange(t, t + '1 h')) FROM generate_series('2024-01-01'::timestamptz,
+				'2024-12-01', '1 mon') t),
+			array_fill('names.first_of_the_tables'::regclass, ARRAY[10]) || 'names.second_of_the_tables'::regclass,
+			array_fill('timestamptz'::regtype, ARRAY[20]),
+			array_fill(ROW('2024-03-01 12:00+01', '1 mon -2 days', 1234.5, '\x00ff')::moment, ARRAY[10]),
+			array_fill(1234.56::money, ARRAY[40]),
+			array_fill('1 mon -2 days 03:04'::interval, ARRAY[20]),
+			array_fill(point(0.1, 1e300 / 3), ARRAY[20])
+		  FROM generate_series(1, 4) g});
+	configure_beta(TimeZone => q{'America/New_York'}, IntervalStyle => 'sql_standard');
+	my $longer = join ', ', map { "$_ = $_ || $_\[1:1]" } qw(at during tables types whole prices spans points);
+
+	foreach my $setting (split /;\s*/, $strange)
+	{
+		is($alpha->fails('postgres', "$setting; UPDATE public.digests SET $longer"), '', $setting =~ s/^\s+//r)
+		  if $setting !~ /search_path/;
+	}
+	is($alpha->fails('postgres', "$strange UPDATE public.digests SET n = n + 1"),
+		'', 'an UPDATE that leaves them alone');
+	is($alpha->fails('postgres', "$strange UPDATE public.digests SET whenever = NULL, $longer WHERE id < 3"),
+		'', 'an UPDATE that does not');
+	is($alpha->fails('postgres', "$strange DELETE FROM public.digests WHERE id = 2"), '', 'a DELETE');
+	here(q{SELECT mmrepl.alter_pair('digests', 'beta', conflict_resolution => 'keep_local')});
+	here("$strange UPDATE public.digests SET n = 10, $longer");
+	is(there('SELECT array_agg(DISTINCT n) FROM digests'), '{10}', 'keep_local skips nothing');
+	reset_beta();
+	$alpha->same_rows($beta, 'digests');
+
+	# The two servers' texts are equal where the values are, and only there.
+	there(q{SET session_replication_role = replica;
+			UPDATE digests SET at[20] = at[20] + '1 us' WHERE id = 3;
+			UPDATE digests SET prices[40] = prices[40] + '0.01'::money WHERE id = 4});
+	here(q{SELECT mmrepl.alter_pair('digests', 'beta', conflict_resolution => 'apply_remote')});
+	like($alpha->fails('postgres', "$strange DELETE FROM public.digests WHERE id = $_"),
+		qr/ERROR:  40001: /, "row $_ is another one")
+	  foreach (3, 4);
+};
+
+# Money in arrays and in composite types is text, as which "1,234.50" is 1.23 to a German.
+section 'money' => sub {
+	plan(skip_all => 'no other locale can be made') if !$german;
+	$alpha->create_table_on_both($beta,
+		'CREATE TYPE price AS (amount money);'
+		  . 'CREATE TABLE money (id int PRIMARY KEY, a money[], c price, m money)');
+	foreach my $mode ('async', 'sync')
+	{
+		$mode eq 'async'
+		  ? $alpha->create_pair('money', 'beta')
+		  : here(q{SELECT mmrepl.alter_pair('money', 'beta', mode => 'sync')});
+		foreach my $locales ([ $german, 'C' ], [ 'C', $german ])
+		{
+			my ($from, $to) = @$locales;
+
+			configure_beta(lc_monetary => "'$to'");
+			here(
+				qq{SET lc_monetary = '$from';
+				   INSERT INTO money SELECT count(*), ARRAY[1234.5, -0.07]::money[], ROW(1234567.89::money)::price, 1234.5 FROM money;
+				   UPDATE money SET a = a || 3.25::money, m = m + 1.5::money});
+			synced();
+			is(there(q{SET lc_monetary = 'C'; SELECT array_agg(t::text ORDER BY id) FROM money t}),
+				here(q{SET lc_monetary = 'C'; SELECT array_agg(t::text ORDER BY id) FROM money t}),
+				"$mode: from $from to $to");
+		}
+	}
+	reset_beta();
+};
+
+# A fragment is no document.
+section 'xml' => sub {
+	$alpha->create_table_on_both($beta, 'CREATE TABLE fragments (id int PRIMARY KEY, x xml, a xml[])');
+	$alpha->create_pair('fragments', 'beta');
+	configure_beta(xmloption => 'document');
+	here(q{SET xmloption = content;
+		   INSERT INTO fragments VALUES (1, 'one<two/>three', ARRAY['a<b/>'::xml]), (2, '<doc/>', '{<doc/>,NULL}')});
+	synced();
+	is(there(q{SET xmloption = content; SELECT x, a FROM fragments WHERE id = 1}),
+		'one<two/>three|{a<b/>}', 'it arrives where a document is expected');
+	reset_beta();
+};
+
+# Settings under which texts were read held for the rest of the batch: triggers, defaults
+# and checks saw them, or those of the server, according to the columns of other tables.
+section 'code of users has its own settings' => sub {
+	my @settings = ('DateStyle', 'TimeZone', 'IntervalStyle', 'extra_float_digits', 'bytea_output');
+	my $seen = join q{ || '/' || }, map { "current_setting('$_')" } @settings;
+
+	configure_beta(DateStyle => q{'SQL, DMY'}, TimeZone => q{'America/New_York'},
+		IntervalStyle => 'iso_8601', extra_float_digits => -3, bytea_output => 'escape');
+	$alpha->create_table_on_both($beta, 'CREATE TABLE many_texts (id int PRIMARY KEY,'
+		  . ' at timestamptz[], spans interval[], f float8[], raw bytea[], p money[])');
+	here('ALTER TABLE many_texts ADD seen text; ALTER TABLE many_texts ADD by_default text');
+	there(
+		qq{ALTER TABLE many_texts ADD seen text;
+		   ALTER TABLE many_texts ADD by_default text DEFAULT $seen;
+		   CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS \$\$
+		   BEGIN
+			   NEW.seen := $seen;
+			   RETURN NEW;
+		   END\$\$;
+		   CREATE TRIGGER see BEFORE INSERT OR UPDATE ON many_texts FOR EACH ROW EXECUTE FUNCTION see();
+		   ALTER TABLE many_texts ENABLE ALWAYS TRIGGER see});
+	$alpha->create_pair('many_texts', 'beta', q{columns => '{id,at,spans,f,raw,p}'});
+	here(q{INSERT INTO many_texts (id, at, spans, f, raw, p)
+		   VALUES (1, '{2024-03-01}', '{1 mon}', '{0.1}', '{"\\\\x00"}', '{1.5}')});
+	synced();
+	my $expected = there("SELECT $seen");
+
+	is(there('SELECT seen FROM many_texts'), $expected, 'a trigger');
+	is(there('SELECT by_default FROM many_texts'), $expected, 'a default');
+	here(q{SET mmrepl.mode = 'sync'; UPDATE many_texts SET id = 2, at = at || at});
+	is(there('SELECT seen FROM many_texts WHERE id = 2'), $expected, 'a trigger, in sync mode');
+	reset_beta();
+};
+
+# dst_query had dates as the session reads them that looks at the view, which is not the
+# one in which it is run.
+section 'dst_query' => sub {
+	$alpha->create_table_on_both($beta, 'CREATE TABLE shown (id int PRIMARY KEY, day date, at timestamptz,'
+		  . ' plain timestamp, span interval, f float8, raw bytea, t text, p point)');
+	$alpha->create_pair('shown', 'beta');
+	here(q{SELECT mmrepl.pause('beta');
+		   INSERT INTO shown VALUES (1, '2024-02-01', '2024-02-01 12:00+01', '2024-02-01 12:00', '1 mon -2 days 3:04',
+			0.1::float8 + 0.2, '\x005c27ff', 'C:\''s "new"', point(1.0 / 3, 0.1));
+		   UPDATE shown SET day = '2024-03-02', at = '2024-07-02 12:00+00' WHERE id = 1});
+	my $queries = $alpha->safe_psql('postgres',
+		"$strange SELECT pg_catalog.string_agg(dst_query, ';' ORDER BY id) FROM mmrepl.sync_err_rec");
+
+	foreach my $settings ('', 'SET standard_conforming_strings = off;', q{SET DateStyle = 'SQL, DMY';})
+	{
+		is(there(qq{$settings SET TimeZone = 'America/New_York'; BEGIN; $queries;
+					SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO'; SELECT shown::text FROM shown; ROLLBACK}),
+			here(q{SET TimeZone = 'UTC'; SELECT shown::text FROM shown}), "it is the change, by hand: $settings");
+	}
+	my $ticket = here('SELECT DISTINCT ticket FROM mmrepl.sync_err_rec ORDER BY 1 LIMIT 1');
+
+	$alpha->safe_psql('postgres', "$strange SELECT mmrepl.skip('beta', $ticket, 'to be kept')");
+	is(here('SELECT queries[1] FROM mmrepl.skipped'), (split /;/, $queries)[0], 'mmrepl.skipped keeps the same');
+	here(q{SELECT mmrepl.resume('beta')});
+	synced();
+};
+
+done_testing();
