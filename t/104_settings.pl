@@ -234,4 +234,46 @@ section 'dst_query' => sub {
 	synced();
 };
 
+# A filter was read and evaluated under the settings of whoever wrote: the same row
+# passed or not.
+section 'a filter means one thing' => sub {
+	my $row = q{'2024-03-01 23:30+00', '2024-02-01', 'C:\new', 1234.5, '1 mon', 'running', '02/01/2024'};
+	my %filters = (
+		'the day of an instant' => q{(at AT TIME ZONE 'UTC')::date = at::date AND at::date = '2024-03-01'},
+		'the hour' => q{extract(hour FROM at) = 23},
+		'a date' => q{day = '01.02.2024'},
+		'a date, in text' => q{written::date = '01.02.2024'},
+		'a date, as text' => q{day::text = '2024-02-01'},
+		'an instant' => q{at > '01.03.2024 22:00' AND at < '02.03.2024'},
+		'a backslash' => q{path = 'C:\new'},
+		'a span' => q{span::text = '1 mon'},
+		'money' => q{price = '1234.50'},
+		'money, as text' => q{price::text = '$1,234.50'},
+		'a number, with a group separator' => q{to_char(1234.5, '9G999D9') = ' 1,234.5'},
+		'a month' => q{to_char(day, 'TMMonth') = 'February'},
+		'words' => q{to_tsvector(word) @@ 'running'::tsquery},
+		'a name' => q{'names.first_of_the_tables'::regclass::text = 'names.' || 'first_of_the_tables'},
+	);
+
+	there('CREATE TABLE wanted (id int PRIMARY KEY)');
+	here('CREATE TABLE wanted (id int PRIMARY KEY, at timestamptz, day date, path text, price money,'
+		  . ' span interval, word text, written text)');
+	foreach my $name (sort keys %filters)
+	{
+		my $id = here('SELECT count(*) FROM wanted');
+		my ($plain, $other) = ($id + 1, $id + 2);
+
+		# Its author reads dates as they are read where he lives.
+		here(qq{SET DateStyle = 'German'; SET TimeZone = 'UTC';
+				SELECT mmrepl.create_pair('wanted', 'beta', columns => '{id}', row_filter => \$\$$filters{$name}\$\$)});
+		here("INSERT INTO wanted (id, at, day, path, price, span, word, written) VALUES ($plain, $row)");
+		$alpha->safe_psql('postgres', "SET search_path = public; $strange"
+			  . "INSERT INTO public.wanted (id, at, day, path, price, span, word, written)"
+			  . " SELECT $other, at, day, path, price, span, word, written FROM public.wanted WHERE id = $plain");
+		synced();
+		is(there("SELECT array_agg(id ORDER BY id) FROM wanted WHERE id > $id"), "{$plain,$other}", $name);
+		here(q{SELECT mmrepl.drop_pair('wanted', 'beta')});
+	}
+};
+
 done_testing();

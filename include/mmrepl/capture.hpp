@@ -4,7 +4,7 @@
  */
 #pragma once
 
-#include "mmrepl/pg.hpp"
+#include "mmrepl/change.hpp"
 
 namespace mmrepl::capture
 {
@@ -23,10 +23,13 @@ Datum SqlReplicate(FunctionCallInfo fcinfo);
  */
 Node *ParseFilter(Relation rel, const char *filter);
 
+/* The settings under which what ParseFilter() returned is evaluated. */
+change::Settings SettingsOfFilter(Node *filter);
+
 /*
- * A filter as its author wrote it, parsed under the current search_path, in the
- * form in which it is stored and ParseFilter() reads it: names qualified.  The
- * second follows a column's rename (the relation has the new name already).
+ * A filter as its author wrote it, parsed under the current settings, in the
+ * form in which it is stored and ParseFilter() reads it: names qualified, literals as
+ * the fixed settings have them.  The second follows a column's rename (the relation has the new name already).
  */
 char *CanonicalFilter(Relation rel, const char *filter);
 char *RenameInFilter(Relation rel, const char *filter, const char *old_name, const char *new_name);

@@ -121,7 +121,9 @@ constexpr Settings kArrayNulls = 1 << 5;
 constexpr Settings kMonetary = 1 << 6;
 constexpr Settings kXmlOption = 1 << 7;
 constexpr Settings kNames = 1 << 8;
-constexpr Settings kTextSettings = (1 << 9) - 1;
+constexpr Settings kExpressions = 1 << 9; /* what nobody's values depend on, but functions */
+constexpr Settings kTextSettings = kExpressions - 1;
+constexpr Settings kAllSettings = kTextSettings | kExpressions;
 
 /* Those of the text forms of a type. */
 Settings SettingsOf(Oid type);

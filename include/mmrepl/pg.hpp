@@ -107,6 +107,7 @@ extern "C" {
 #include "storage/shmem.h"
 #include "storage/spin.h"
 #include "tcop/utility.h"
+#include "tsearch/ts_cache.h"
 #include "utils/acl.h"
 #include "utils/array.h"
 #include "utils/builtins.h"

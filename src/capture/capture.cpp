@@ -66,7 +66,10 @@ Passes(CapturedTable *table, Target *target, TupleTableSlot *row)
 	if (target->filter == NULL)
 		return true;
 	table->econtext->ecxt_scantuple = row;
+	int nest_level = change::BeginTextFormat(target->filter_settings);
 	Datum result = ExecEvalExprSwitchContext(target->filter, table->econtext, &isnull);
+
+	change::EndTextFormat(nest_level);
 	bool passes = !isnull && DatumGetBool(result);
 
 	ResetExprContext(table->econtext);

@@ -209,7 +209,10 @@ BuildFilter(CapturedTable *table, Target *target, Relation rel, const char *filt
 		return;
 	if (table->econtext == NULL)
 		table->econtext = CreateStandaloneExprContext();
-	target->filter = ExecInitExpr((Expr *) ParseFilter(rel, filter), NULL);
+	Node *expression = ParseFilter(rel, filter);
+
+	target->filter = ExecInitExpr((Expr *) expression, NULL);
+	target->filter_settings = SettingsOfFilter(expression);
 }
 
 static void

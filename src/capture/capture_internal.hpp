@@ -21,6 +21,7 @@ struct Target
 	change::RelationEncoder *checked_encoder; /* for sync mode: with the old row */
 	bool subset;	   /* an update that touches none of the columns is no change */
 	ExprState *filter; /* NULL: every row */
+	change::Settings filter_settings;
 };
 
 struct CacheKey

@@ -3,8 +3,8 @@
  *		A pair's row filter: from the text that a user wrote to an expression.
  *
  * A filter is stored deparsed, with every name qualified that is not in
- * pg_catalog, and is read under a fixed search_path.  So it means the same in
- * every session, whatever search_path the writer has.
+ * pg_catalog, and is read and evaluated under fixed settings.  So it means the same
+ * in every session, whatever settings the writer has.
  */
 #include "mmrepl/capture.hpp"
 
@@ -37,17 +37,6 @@ DescribeSource(void *arg)
 		internalerrquery(source->filter);
 	}
 	errcontext("row_filter of table \"%s\"", source->table);
-}
-
-/* The search_path under which stored filters are written and read; returns the nest level. */
-int
-BeginFixedSearchPath()
-{
-	int nest_level = NewGUCNestLevel();
-
-	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET, PGC_S_SESSION,
-							 GUC_ACTION_SAVE, true, 0, false);
-	return nest_level;
 }
 
 /* Whether the statement is nothing but one expression without a name. */
@@ -130,7 +119,7 @@ CheckColumns(Relation rel, Node *expression)
 
 /*
  * The analyzed boolean expression over the relation's row (Vars of varno 1),
- * names looked up in the current search_path.  An alias may give the columns
+ * names and literals read under the current settings.  An alias may give the columns
  * other names than they have.
  */
 Node *
@@ -201,15 +190,15 @@ WithSource(Relation rel, const char *filter, const char *hint, Fn fn)
 	return result;
 }
 
-/* The expression as text that means the same under the fixed search_path. */
+/* The expression as text that means the same under the fixed settings. */
 char *
 Deparse(Relation rel, Node *expression)
 {
-	int nest_level = BeginFixedSearchPath();
+	int nest_level = change::BeginTextFormat(change::kAllSettings);
 	List *context = deparse_context_for(RelationGetRelationName(rel), RelationGetRelid(rel));
 	char *result = deparse_expression(expression, context, false, false);
 
-	AtEOXact_GUC(false, nest_level);
+	change::EndTextFormat(nest_level);
 	return result;
 }
 
@@ -234,16 +223,22 @@ AliasBeforeRename(Relation rel, const char *old_name, const char *new_name)
 
 } // namespace
 
+change::Settings
+SettingsOfFilter(Node *filter)
+{
+	return contain_mutable_functions(filter) ? change::kAllSettings : change::kNoSettings;
+}
+
 /* The simplified expression of a stored filter; raises when it does not compile any more. */
 Node *
 ParseFilter(Relation rel, const char *filter)
 {
-	int nest_level = BeginFixedSearchPath();
+	int nest_level = change::BeginTextFormat(change::kAllSettings);
 	Node *expression = WithSource(rel, filter, kHintToChange, [&] {
 		return (Node *) expression_planner((Expr *) Analyze(rel, filter, NULL));
 	});
 
-	AtEOXact_GUC(false, nest_level);
+	change::EndTextFormat(nest_level);
 	return expression;
 }
 
@@ -263,12 +258,12 @@ CanonicalFilter(Relation rel, const char *filter)
 char *
 RenameInFilter(Relation rel, const char *filter, const char *old_name, const char *new_name)
 {
-	int nest_level = BeginFixedSearchPath();
+	int nest_level = change::BeginTextFormat(change::kAllSettings);
 	Alias *alias = AliasBeforeRename(rel, old_name, new_name);
 	Node *expression =
 		WithSource(rel, filter, kHintToChange, [&] { return Analyze(rel, filter, alias); });
 
-	AtEOXact_GUC(false, nest_level);
+	change::EndTextFormat(nest_level);
 	return Deparse(rel, expression);
 }
 

@@ -34,6 +34,12 @@ IsC(const char *locale)
 	return strcmp(locale, "C") == 0 || strcmp(locale, "POSIX") == 0;
 }
 
+static bool
+IsSimpleConfig()
+{
+	return strcmp(TSCurrentConfig, "pg_catalog.simple") == 0;
+}
+
 /* Most values are the defaults. */
 static constexpr Pinned pinned[] = {
 	{kDateStyle, "DateStyle", "ISO", [] { return DateStyle == USE_ISO_DATES; }},
@@ -47,6 +53,11 @@ static constexpr Pinned pinned[] = {
 	{kXmlOption, "xmloption", "content", [] { return xmloption == XMLOPTION_CONTENT; }},
 	{kNames, "search_path", kPath, [] { return strcmp(namespace_search_path, kPath) == 0; }},
 	{kNames, "quote_all_identifiers", "off", [] { return !quote_all_identifiers; }},
+	{kExpressions, "DateStyle", "MDY", [] { return DateOrder == DATEORDER_MDY; }},
+	{kExpressions, "lc_numeric", "C", [] { return IsC(locale_numeric); }},
+	{kExpressions, "lc_time", "C", [] { return IsC(locale_time); }},
+	{kExpressions, "default_text_search_config", "pg_catalog.simple", IsSimpleConfig},
+	{kExpressions, "standard_conforming_strings", "on", [] { return standard_conforming_strings; }},
 };
 
 /* ---- types ---- */
