@@ -379,11 +379,18 @@ void StartDecoding(Decoder *decoder, const char *data, uint32 length);
 /* The next change, or NULL at the end; definitions are handled inside. */
 const Change *Next(Decoder *decoder);
 
+/* What the SQL of a relation's changes needs to know of the table, besides the changes. */
+struct SqlShape
+{
+	Bitmapset *always; /* columns, by their place, that are GENERATED ALWAYS AS IDENTITY */
+	bool partitioned;
+};
+
 /*
  * Append the change as one SQL statement, correctly quoted, as sync_err_rec
  * shows it and as a peer without the extension could run it.
  */
-void AppendSql(StringInfo sql, const Change *change);
+void AppendSql(StringInfo sql, const Change *change, const SqlShape &shape);
 
 /*
  * Full width, in bytes, of a type whose binary values travel without leading
