@@ -131,6 +131,23 @@ section 'digests of long values' => sub {
 	  foreach (3, 4);
 };
 
+# What the text of a composite type depends on is known of its columns, which may be others later.
+section 'a composite type with another column' => sub {
+	$alpha->create_table_on_both($beta, 'CREATE TYPE inner_part AS (a int); CREATE TYPE part_of AS (i inner_part[]);'
+		  . 'CREATE TABLE composite (id int PRIMARY KEY, c part_of)');
+	$alpha->create_pair('composite', 'beta', q{mode => 'sync'});
+	my $writer = $alpha->session;
+
+	$writer->ok(q{SET TimeZone = 'Asia/Kathmandu'});
+	$writer->ok(q{INSERT INTO composite VALUES (1, ROW(ARRAY[ROW(1)::inner_part]))});
+	$alpha->create_table_on_both($beta, 'ALTER TYPE inner_part ADD ATTRIBUTE at timestamptz[]');
+	$writer->ok(
+		qq{UPDATE composite SET c = ROW(ARRAY[ROW($_, array_fill('2024-03-01 12:00+00'::timestamptz,
+			ARRAY[10]))::inner_part])}) foreach (1, 2);
+	$alpha->same_rows($beta, 'composite');
+	$writer->quit;
+};
+
 # Money in arrays and in composite types is text, as which "1,234.50" is 1.23 to a German.
 section 'money' => sub {
 	plan(skip_all => 'no other locale can be made') if !$german;

@@ -125,8 +125,12 @@ constexpr Settings kExpressions = 1 << 9; /* what nobody's values depend on, but
 constexpr Settings kTextSettings = kExpressions - 1;
 constexpr Settings kAllSettings = kTextSettings | kExpressions;
 
-/* Those of the text forms of a type. */
-Settings SettingsOf(Oid type);
+/*
+ * Those of the text forms of a type, until a composite type that is part of it gets other
+ * columns: then there is a relcache invalidation of its relation, which is appended to
+ * *row_types unless that is NULL.
+ */
+Settings SettingsOf(Oid type, List **row_types);
 
 /*
  * Give these settings the values under which texts are made and read, at the sender and
@@ -179,6 +183,7 @@ struct RelationEncoder
 	int n_columns;
 	ColumnEncoder *columns;
 	Settings settings; /* of its columns: what BeginTextFormat() needs before a row is appended */
+	List *row_types;   /* relations of composite types, on which the settings depend */
 	bool checked;	   /* updates and deletes carry the old row */
 	bool whole;		   /* updates bring every column */
 	bool partial;

@@ -92,8 +92,8 @@ static change::Settings
 SettingsToRead(const Field *field, const change::Column *column, Oid base)
 {
 	if (field->form == Form::Convert)
-		return change::SettingsOf(base) | change::SettingsOf(column->type);
-	return field->form == Form::Input ? change::SettingsOf(base) : change::kNoSettings;
+		return change::SettingsOf(base, NULL) | change::SettingsOf(column->type, NULL);
+	return field->form == Form::Input ? change::SettingsOf(base, NULL) : change::kNoSettings;
 }
 
 /* Function lookups in CurrentMemoryContext, where the field lives. */
@@ -122,7 +122,7 @@ InitField(Field *field, const change::Column *column, Form_pg_attribute attribut
 		getTypeInputInfo(attribute->atttypid, &function, &field->ioparam);
 	fmgr_info(function, &field->function);
 	field->to_read = SettingsToRead(field, column, base);
-	field->to_compare = field->to_read | (attribute->attbyval ? 0 : change::SettingsOf(base));
+	field->to_compare = field->to_read | (attribute->attbyval ? 0 : change::SettingsOf(base, NULL));
 }
 
 /* ---- reading ---- */

@@ -38,6 +38,7 @@ struct CapturedTable
 	uint64 generation;
 	MemoryContext context;
 	List *ancestors; /* OIDs of partitioned tables above it */
+	List *row_types; /* OIDs of the relations of composite types in it */
 	int n_targets;
 	Target *targets;
 	ExprContext *econtext;	/* for filters; NULL when there are none */

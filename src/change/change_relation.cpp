@@ -13,7 +13,8 @@ static uint64 last_serial;
 
 /* Choose how a column travels. */
 static void
-BuildColumn(ColumnEncoder *column, const ColumnSpec &spec, Form_pg_attribute attribute)
+BuildColumn(ColumnEncoder *column, const ColumnSpec &spec, Form_pg_attribute attribute,
+			List **row_types)
 {
 	Oid base = getBaseType(attribute->atttypid);
 	Oid function;
@@ -24,7 +25,7 @@ BuildColumn(ColumnEncoder *column, const ColumnSpec &spec, Form_pg_attribute att
 	column->binary = base < kFirstUnstableOid && WireOf(base) != Wire::Text;
 	column->type = column->binary ? base : attribute->atttypid;
 	column->wire = column->binary ? WireOf(base) : Wire::Text;
-	column->settings = column->binary ? kNoSettings : SettingsOf(base);
+	column->settings = column->binary ? kNoSettings : SettingsOf(base, row_types);
 	if (column->binary)
 		getTypeBinaryOutputInfo(column->type, &function, &is_varlena);
 	else
@@ -107,7 +108,8 @@ BuildRelationEncoder(const RelationSpec &spec, TupleDesc desc)
 	{
 		const ColumnSpec &column = spec.columns[i];
 
-		BuildColumn(&rel->columns[i], column, TupleDescAttr(desc, column.attnum - 1));
+		BuildColumn(&rel->columns[i], column, TupleDescAttr(desc, column.attnum - 1),
+					&rel->row_types);
 		PutColumn(&buf, rel->columns[i], column.remote_name);
 		rel->entries[i + 1] = (uint32) buf.len;
 		rel->settings |= rel->columns[i].settings;

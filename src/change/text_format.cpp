@@ -130,26 +130,48 @@ SettingsOfBase(Oid type)
 	}
 }
 
-/* A composite type may get other columns at any time. */
+/* Those of the columns. */
+static Settings
+SettingsOfRow(Oid type, List **row_types)
+{
+	TupleDesc desc = lookup_rowtype_tupdesc(type, -1);
+	Settings settings = kNoSettings;
+
+	for (int i = 0; i < desc->natts; i++)
+	{
+		Form_pg_attribute attribute = TupleDescAttr(desc, i);
+
+		if (!attribute->attisdropped)
+			settings |= SettingsOf(attribute->atttypid, row_types);
+	}
+	ReleaseTupleDesc(desc);
+	if (row_types != NULL)
+		*row_types = list_append_unique_oid(*row_types, get_typ_typrelid(type));
+	return settings;
+}
+
 Settings
-SettingsOf(Oid type)
+SettingsOf(Oid type, List **row_types)
 {
 	Oid base = getBaseType(type);
 
 	switch (get_typtype(base))
 	{
+		case TYPTYPE_COMPOSITE:
+			return SettingsOfRow(base, row_types);
 		case TYPTYPE_ENUM:
 			return kNoSettings;
 		case TYPTYPE_RANGE:
-			return SettingsOf(get_range_subtype(base));
+			return SettingsOf(get_range_subtype(base), row_types);
 		case TYPTYPE_MULTIRANGE:
-			return SettingsOf(get_multirange_range(base));
+			return SettingsOf(get_multirange_range(base), row_types);
 		default:
 			break;
 	}
 	Oid element = get_element_type(base);
 
-	return OidIsValid(element) ? kArrayNulls | SettingsOf(element) : SettingsOfBase(base);
+	return OidIsValid(element) ? kArrayNulls | SettingsOf(element, row_types)
+							   : SettingsOfBase(base);
 }
 
 /* ---- pinning ---- */
