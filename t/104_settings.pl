@@ -177,6 +177,65 @@ section 'money' => sub {
 	reset_beta();
 };
 
+# Every setting at once, at either end, in both modes.
+section 'values of all kinds' => sub {
+	my %columns = (
+		ts => [ 'timestamp', q{'2024-02-01 03:04:05.678901'} ],
+		at => [ 'timestamptz', q{'2024-02-01 03:04:05.678901+01'} ],
+		tz => [ 'timetz', q{'03:04:05.6+05:45'} ],
+		d => [ 'date', q{'0099-02-01 BC'} ],
+		span => [ 'interval', q{'-1 year -2 mons +3 days -04:05:06.789'} ],
+		r => [ 'float4', '0.1' ],
+		f => [ 'float8', '1e300::float8 / 3' ],
+		n => [ 'numeric', q{'-1234567.8900'} ],
+		m => [ 'money', '-1234567.89' ],
+		b => [ 'bytea', q{'\x5c00ff27'} ],
+		t => [ 'text', q{$q$\'NULL, {"a"} ä$q$} ],
+		x => [ 'xml', q{'text<a/>'::xml} ],
+		j => [ 'jsonb', q{'{"a": [1.50, null]}'} ],
+		w => [ 'tsvector', q{'runs run'} ],
+		p => [ 'point', 'point(1.0 / 3, -0.1)' ],
+		c => [ 'circle', q{'<(0.1,0.2),0.3>'} ],
+		path => [ 'path', q{'((0.1,0.2),(0.3,0.4))'} ],
+		k => [ 'regclass', q{'names.first_of_the_tables'} ],
+		ty => [ 'regtype', q{'moment'} ],
+		pr => [ 'regprocedure', q{'pg_catalog.abs(int)'} ],
+		rl => [ 'regrole', 'current_user::regrole' ],
+		v => [ 'bit varying', q{B'1010'} ],
+		o => [ 'moment', q{ROW('2024-03-01 12:00+01', '1 mon -2 days', 1234.5, '\x00ff')} ],
+	);
+	my @names = sort keys %columns;
+	my @arrays = map { "${_}_a" } @names;
+	my $columns = join ', ', @names, @arrays;
+	my $type = sub { $columns{ $_[0] }[0] };
+	my $values = join ', ', map({ "($columns{$_}[1])::" . $type->($_) } @names),
+	  map { "ARRAY[($columns{$_}[1])::" . $type->($_) . ', NULL]::' . $type->($_) . '[]' } @names;
+	my $seen = 'SELECT kinds::text FROM kinds ORDER BY id';
+
+	$alpha->create_table_on_both($beta, 'CREATE TABLE kinds (id int PRIMARY KEY, '
+		  . join(', ', map({ "$_ " . $type->($_) } @names), map { "${_}_a " . $type->($_) . '[]' } @names) . ')');
+	$alpha->create_pair('kinds', 'beta');
+	here("INSERT INTO kinds (id, $columns) SELECT g, $values FROM generate_series(1, 2) g");
+	synced();
+	foreach my $mode ('async', 'sync')
+	{
+		my $further = $mode eq 'async' ? 10 : 1000;
+		my %other = $strange =~ /SET (\w+) = ([^;]*);/g;
+
+		delete $other{search_path};
+		configure_beta(%other) if $mode eq 'async';
+		here("$strange SET mmrepl.mode = '$mode'; UPDATE public.kinds SET id = id + $further;"
+			  . ' UPDATE public.kinds SET ' . join(', ', map { "$_ = $_ || $_" } @arrays) . ' WHERE id % 2 = 0;'
+			  . ' UPDATE public.kinds SET (' . join(', ', @arrays) . ') = ROW('
+			  . join(', ', map { "array_fill($_, ARRAY[20])" } @names) . ') WHERE id % 2 = 1;'
+			  . " INSERT INTO public.kinds SELECT id - $further, $columns FROM public.kinds;"
+			  . ' DELETE FROM public.kinds WHERE id < 2');
+		synced();
+	}
+	reset_beta();
+	is(there($seen), here($seen), 'all arrive as they were');
+};
+
 # A fragment is no document.
 section 'xml' => sub {
 	$alpha->create_table_on_both($beta, 'CREATE TABLE fragments (id int PRIMARY KEY, x xml, a xml[])');
