@@ -4,7 +4,7 @@
  */
 #pragma once
 
-#include "mmrepl/pg.hpp"
+#include "mmrepl/change.hpp"
 
 namespace mmrepl::capture
 {
@@ -25,9 +25,10 @@ Datum SqlReplicate(FunctionCallInfo fcinfo);
 void CheckFilter(Relation rel, const char *filter, Oid owner);
 
 /*
- * A filter as its author wrote it, parsed under the current search_path, in the
- * form in which it is stored: names qualified.  The second follows a column's
- * rename (the relation has the new name already).  Raise like CheckFilter().
+ * A filter as its author wrote it, parsed under the current settings, in the
+ * form in which it is stored: names qualified, literals as the fixed settings have
+ * them.  The second follows a column's rename (the relation has the new name already).
+ * Raise like CheckFilter().
  */
 char *CanonicalFilter(Relation rel, const char *filter, Oid owner);
 char *RenameInFilter(Relation rel, const char *filter, Oid owner, const char *old_name,

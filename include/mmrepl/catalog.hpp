@@ -88,6 +88,9 @@ uint64 Generation();
 /* Enabled pairs of a table, ordered by pair id. */
 List *PairsOf(Oid table);
 
+/* The pair of that id, whether it is enabled or not and its server exists or not; or NULL. */
+Pair *FindPair(int32 id);
+
 /* All pairs of a stream (for validation and statistics). */
 List *PairsOfServer(Oid server);
 

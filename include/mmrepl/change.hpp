@@ -37,7 +37,7 @@
  * binary send format when the column has kBinary, integers and instants (see
  * TrimmedWidth) without leading bytes that only repeat the sign, one byte at
  * least; else its text form under the
- * settings of TextFormat; text is in the database encoding of the sender,
+ * settings of BeginTextFormat(); text is in the database encoding of the sender,
  * which the batch header names.  (Binary is used only for built-in types whose
  * send format holds no text, except that text types send their plain bytes.)
  *
@@ -106,6 +106,42 @@ constexpr int kDigestBytes = 16;
 bool ConflictFromName(const char *name, Conflict *result);
 const char *ConflictName(Conflict conflict);
 
+/* ---- settings of texts ---- */
+
+/* Which settings a text depends on. */
+using Settings = uint32;
+
+constexpr Settings kNoSettings = 0;
+constexpr Settings kDateStyle = 1 << 0;
+constexpr Settings kIntervalStyle = 1 << 1;
+constexpr Settings kTimeZone = 1 << 2;
+constexpr Settings kFloatDigits = 1 << 3;
+constexpr Settings kByteaOutput = 1 << 4;
+constexpr Settings kArrayNulls = 1 << 5;
+constexpr Settings kMonetary = 1 << 6;
+constexpr Settings kXmlOption = 1 << 7;
+constexpr Settings kNames = 1 << 8;
+constexpr Settings kExpressions = 1 << 9; /* what nobody's values depend on, but functions */
+constexpr Settings kTextSettings = kExpressions - 1;
+constexpr Settings kAllSettings = kTextSettings | kExpressions;
+
+/*
+ * Those of the text forms of a type, until a composite type that is part of it gets other
+ * columns: then there is a relcache invalidation of its relation, which is appended to
+ * *row_types unless that is NULL.
+ */
+Settings SettingsOf(Oid type, List **row_types);
+
+/*
+ * Give these settings the values under which texts are made and read, at the sender and
+ * at the receiver: ISO dates in UTC, shortest exact floats, hex bytea, NULL in arrays,
+ * money of the C locale, xml content, no user's schema in search_path, ...  Returns what
+ * End needs, and costs next to nothing where they have these values.  An error in
+ * between is undone by the abort of the (sub)transaction.
+ */
+int BeginTextFormat(Settings settings);
+void EndTextFormat(int nest_level);
+
 /* ---- writing ---- */
 
 /* How a value's bytes are made. */
@@ -130,8 +166,8 @@ struct ColumnEncoder
 	bool key;
 	bool binary;
 	Wire wire;
-	bool by_text; /* text form depends on settings: needs TextFormat */
-	Oid type;	  /* of the column, domains flattened when binary */
+	Settings settings; /* of its text form, if that is what is sent */
+	Oid type;		   /* of the column, domains flattened when binary */
 	FmgrInfo output;
 };
 
@@ -146,9 +182,10 @@ struct RelationEncoder
 	uint32 definition_length;
 	int n_columns;
 	ColumnEncoder *columns;
-	bool needs_text_format;
-	bool checked; /* updates and deletes carry the old row */
-	bool whole;	  /* updates bring every column */
+	Settings settings; /* of its columns: what BeginTextFormat() needs before a row is appended */
+	List *row_types;   /* relations of composite types, on which the settings depend */
+	bool checked;	   /* updates and deletes carry the old row */
+	bool whole;		   /* updates bring every column */
 	bool partial;
 	uint32 columns_at;		 /* where the number of columns stands in the definition */
 	uint32 *entries;		 /* where each one's entry starts there, and where the last one ends */
@@ -253,14 +290,6 @@ void CloseSegment(Segment *segment);
 /* Cut the segment back to an earlier length; forgets later definitions. */
 void TruncateSegment(Segment *segment, uint32 length, uint32 changes);
 
-/*
- * The settings under which text forms are made and read (ISO dates, shortest
- * exact floats, hex bytea, NULL in arrays, no user's schema in search_path): Begin returns a GUC nest level
- * for End.  An error in between is undone by the transaction's abort.
- */
-int BeginTextFormat();
-void EndTextFormat(int nest_level);
-
 /* ---- reading ---- */
 
 /* Bounds-checked cursor over bytes of a batch. */
@@ -355,11 +384,18 @@ void StartDecoding(Decoder *decoder, const char *data, uint32 length);
 /* The next change, or NULL at the end; definitions are handled inside. */
 const Change *Next(Decoder *decoder);
 
+/* What the SQL of a relation's changes needs to know of the table, besides the changes. */
+struct SqlShape
+{
+	Bitmapset *always; /* columns, by their place, that are GENERATED ALWAYS AS IDENTITY */
+	bool partitioned;
+};
+
 /*
  * Append the change as one SQL statement, correctly quoted, as sync_err_rec
  * shows it and as a peer without the extension could run it.
  */
-void AppendSql(StringInfo sql, const Change *change);
+void AppendSql(StringInfo sql, const Change *change, const SqlShape &shape);
 
 /*
  * Full width, in bytes, of a type whose binary values travel without leading
@@ -379,13 +415,16 @@ const Value *Widen(const Column *column, const Value *value, char (&room)[kMaxTr
 /* A trimmed value; raises when it is empty or longer than `width`. */
 int64 ReadTrimmed(const Value *value, uint32 width);
 
-/* The text form of a value of a built-in type in binary form, or its text. palloc'd. */
+/*
+ * The text form of a value of a built-in type in binary form, which needs the settings of
+ * the type, or its text.  palloc'd.
+ */
 char *ValueText(const Column *column, const Value *value);
 
 /*
  * The bytes that a column's value has on the wire, made of a local value of
- * local_type; text is in the server's encoding.  Needs TextFormat.  palloc'd or
- * pointing into the value.
+ * local_type; text is in the server's encoding.  Needs the settings of both types.
+ * palloc'd or pointing into the value.
  */
 Value WireBytes(const Column *column, Oid local_type, Datum value);
 

@@ -110,6 +110,7 @@ extern "C" {
 #include "storage/shmem.h"
 #include "storage/spin.h"
 #include "tcop/utility.h"
+#include "tsearch/ts_cache.h"
 #include "utils/acl.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
@@ -127,6 +128,7 @@ extern "C" {
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/numeric.h"
+#include "utils/pg_locale.h"
 #include "utils/pg_lsn.h"
 #include "utils/pidfile.h"
 #include "utils/portal.h"
@@ -144,6 +146,7 @@ extern "C" {
 #include "utils/varlena.h"
 #include "utils/wait_event.h"
 #include "utils/xid8.h"
+#include "utils/xml.h"
 #ifdef __linux__
 #include <linux/sockios.h>
 #endif

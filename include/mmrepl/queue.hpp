@@ -447,6 +447,18 @@ bool GiveUp(int32 stream, const char *server, bool wait);
  */
 bool Rotate();
 
+/* ---- for people ---- */
+
+/* Knows what the SQL of a relation's changes needs; begins as {} in each segment. */
+struct SqlWriter
+{
+	const change::Relation *relation;
+	change::SqlShape shape;
+};
+
+/* Append the change as change::AppendSql() does. */
+void AppendSql(StringInfo sql, SqlWriter *writer, const change::Change *change);
+
 /* SQL: mmrepl.queued_changes(). */
 Datum SqlQueuedChanges(FunctionCallInfo fcinfo);
 

@@ -42,8 +42,6 @@ MatchesDigest(Session *session, const change::Column *column, Oid type, Datum st
 			  const change::OldValue *old)
 {
 	char digest[change::kDigestBytes];
-
-	NeedTextFormat(session);
 	change::Value value = ToWire(session, column, type, stored);
 
 	if (value.length != old->value.length)
@@ -54,22 +52,21 @@ MatchesDigest(Session *session, const change::Column *column, Oid type, Datum st
 
 /* Whether two values of the column look the same. */
 static bool
-SameText(Session *session, Form_pg_attribute attribute, Datum one, Datum other)
+SameText(Form_pg_attribute attribute, Datum one, Datum other)
 {
 	Oid function;
 	bool is_varlena;
 
-	NeedTextFormat(session);
 	getTypeOutputInfo(attribute->atttypid, &function, &is_varlena);
 	return strcmp(OidOutputFunctionCall(function, one), OidOutputFunctionCall(function, other)) ==
 		   0;
 }
 
 static bool
-IsSameDatum(Session *session, Form_pg_attribute attribute, Datum one, Datum other)
+IsSameDatum(Form_pg_attribute attribute, Datum one, Datum other)
 {
 	return datum_image_eq(one, other, attribute->attbyval, attribute->attlen) ||
-		   (!attribute->attbyval && SameText(session, attribute, one, other));
+		   (!attribute->attbyval && SameText(attribute, one, other));
 }
 
 /* Whether the column of the found row holds what it held at the sender. */
@@ -92,39 +89,48 @@ IsSame(Session *session, Target *target, const change::Change *change, int i, Tu
 						 ? target->row->tts_values[at]
 						 : ReadField(session, field, &change->relation->columns[i], &old->value);
 
-	return IsSameDatum(session, attribute, found->tts_values[at], expected);
+	return IsSameDatum(attribute, found->tts_values[at], expected);
 }
 
 /* Keys may be equal and not the same (1.0 and 1.00, letters where case does not count). */
 static bool
-HasSameKey(Session *session, Target *target, TupleTableSlot *found)
+HasSameKey(Target *target, TupleTableSlot *found)
 {
 	for (int i = 0; i < target->n_keys; i++)
 	{
 		int at = target->key_attnums[i] - 1;
 		Form_pg_attribute attribute = TupleDescAttr(RelationGetDescr(target->rel), at);
 
-		if (!IsSameDatum(session, attribute, found->tts_values[at], target->search->tts_values[at]))
+		if (!IsSameDatum(attribute, found->tts_values[at], target->search->tts_values[at]))
 			return false;
 	}
 	return true;
 }
 
 /* Columns that are generated here are not compared. */
-bool
-IsExpectedRow(Session *session, Target *target, Leaf *leaf, const change::Change *change)
+static bool
+HasSameValues(Session *session, Target *target, TupleTableSlot *found, const change::Change *change)
 {
-	TupleTableSlot *found;
-
-	if (!change->relation->checked)
-		return true;
-	found = FoundInRoot(leaf);
-	slot_getallattrs(found);
 	for (int i = 0; i < target->n_fields; i++)
 		if (!change->relation->columns[i].key && target->fields[i].form != Form::Ignore &&
 			!IsSame(session, target, change, i, found))
 			return false;
-	return HasSameKey(session, target, found);
+	return HasSameKey(target, found);
+}
+
+bool
+IsExpectedRow(Session *session, Target *target, Leaf *leaf, const change::Change *change)
+{
+	if (!change->relation->checked)
+		return true;
+	int nest_level = change::BeginTextFormat(target->to_compare);
+	TupleTableSlot *found = FoundInRoot(leaf);
+
+	slot_getallattrs(found);
+	bool same = HasSameValues(session, target, found, change);
+
+	change::EndTextFormat(nest_level);
+	return same;
 }
 
 /* ---- showing ---- */
@@ -206,33 +212,42 @@ AppendNames(StringInfo out, const Target *target)
 							 NameStr(TupleDescAttr(desc, target->fields[i].attnum - 1)->attname)));
 }
 
-/* NULL for a caller who may not read the table. */
-char *
-DescribeRows(Session *session, Target *target, Leaf *leaf)
+/* Both rows as they travel: the settings are the same. */
+static void
+AppendRows(StringInfo out, Session *session, Target *target, Leaf *leaf)
 {
-	const change::Change *change = session->change;
-	StringInfoData out;
-
-	if (change->old == NULL || pg_class_aclcheck(RelationGetRelid(target->rel), session->caller,
-												 ACL_SELECT) != ACLCHECK_OK)
-		return NULL;
-	NeedTextFormat(session);
-	initStringInfo(&out);
-	appendStringInfoString(&out, "The row that was changed: (");
-	AppendNames(&out, target);
-	appendStringInfoString(&out, ") = (");
-	AppendExpected(&out, session, change);
+	appendStringInfoString(out, "The row that was changed: (");
+	AppendNames(out, target);
+	appendStringInfoString(out, ") = (");
+	AppendExpected(out, session, session->change);
 	if (leaf == NULL)
 	{
-		appendStringInfoString(&out, "). There is no such row at the peer.");
-		return out.data;
+		appendStringInfoString(out, "). There is no such row at the peer.");
+		return;
 	}
 	TupleTableSlot *found = FoundInRoot(leaf);
 
 	slot_getallattrs(found);
-	appendStringInfoString(&out, "). The row at the peer: (");
-	AppendFound(&out, target, found);
-	appendStringInfoString(&out, ").");
+	appendStringInfoString(out, "). The row at the peer: (");
+	AppendFound(out, target, found);
+	appendStringInfoString(out, ").");
+}
+
+/* NULL for a caller who may not read the table. */
+char *
+DescribeRows(Session *session, Target *target, Leaf *leaf)
+{
+	StringInfoData out;
+
+	if (session->change->old == NULL ||
+		pg_class_aclcheck(RelationGetRelid(target->rel), session->caller, ACL_SELECT) !=
+			ACLCHECK_OK)
+		return NULL;
+	int nest_level = change::BeginTextFormat(change::kTextSettings);
+
+	initStringInfo(&out);
+	AppendRows(&out, session, target, leaf);
+	change::EndTextFormat(nest_level);
 	return out.data;
 }
 

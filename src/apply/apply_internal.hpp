@@ -82,6 +82,8 @@ struct Field
 	Oid ioparam;
 	int32 typmod;
 	FmgrInfo function; /* receive or input */
+	change::Settings to_read;
+	change::Settings to_compare;
 };
 
 /*
@@ -128,10 +130,11 @@ struct Target
 	uint32 raw_length;
 	int encoding; /* of its names */
 	Oid relid;
-	bool simple;		/* may be kept: nothing but the relation's own entry decides about it */
-	bool stale;			/* that entry has changed since (only while it is kept) */
-	uint64 changes;		/* RelationChanges() before the relation was opened */
-	bool text_format;	/* a column needs the settings of text forms */
+	bool simple;	/* may be kept: nothing but the relation's own entry decides about it */
+	bool stale;		/* that entry has changed since (only while it is kept) */
+	uint64 changes; /* RelationChanges() before the relation was opened */
+	change::Settings to_read; /* of the fields together */
+	change::Settings to_compare;
 	TupleDesc desc;		/* of the slots */
 	const char *schema; /* in this database's encoding */
 	const char *table;
@@ -230,8 +233,7 @@ struct Session
 	MemoryContext context; /* lives as long as the call */
 	MemoryContext segment_context;
 	int guc_level;
-	bool text_format; /* change::BeginTextFormat() was called */
-	bool began;		  /* origin::Enter() was called */
+	bool began; /* origin::Enter() was called */
 	int nest_level;
 	Target *targets;
 	Binding bindings[change::kSegmentRelations + 1];
@@ -393,10 +395,7 @@ void EndBatchTriggers(const Session *session);
 
 /* A name or other text of the sender in this database's encoding, checked. */
 char *ToServer(const Session *session, const char *bytes, uint32 length);
-/* Returns whether the settings of text forms are needed; see NeedTextFormat(). */
-bool InitField(Field *field, const change::Column *column, Form_pg_attribute attribute);
-/* The settings of text forms hold until the end of the call. */
-void NeedTextFormat(Session *session);
+void InitField(Field *field, const change::Column *column, Form_pg_attribute attribute);
 /* Fill target->row from the change's row: all fields, defaults for the rest. */
 void ReadRow(Session *session, Target *target, const change::Change *change);
 void FillDefaults(Target *target);
@@ -404,7 +403,7 @@ void FillDefaults(Target *target);
 void ReadKey(Session *session, Target *target, const change::Change *change);
 void KeyOfRow(Target *target);
 
-/* The datum of a value that is not NULL, in the current context. */
+/* The datum of a value that is not NULL, in the current context.  Needs field->to_read. */
 Datum ReadField(Session *session, Field *field, const change::Column *column,
 				const change::Value *value);
 

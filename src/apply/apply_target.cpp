@@ -147,8 +147,9 @@ MapColumns(Session *session, Target *target, const change::Relation *relation)
 		if (bms_is_member(attnum, seen))
 			Malformed("A relation names a column twice.");
 		seen = bms_add_member(seen, attnum);
-		target->text_format |=
-			InitField(&target->fields[i], column, TupleDescAttr(desc, attnum - 1));
+		InitField(&target->fields[i], column, TupleDescAttr(desc, attnum - 1));
+		target->to_read |= target->fields[i].to_read;
+		target->to_compare |= target->fields[i].to_compare;
 		if (column->key)
 			target->key_attnums[target->n_keys++] = attnum;
 	}
@@ -525,8 +526,6 @@ TargetOf(Session *session, const change::Relation *relation)
 		target = Reopen(session, relation);
 		if (target == NULL)
 			target = MakeTarget(session, relation);
-		if (target->text_format)
-			NeedTextFormat(session);
 		/* Ahead, only keys and built-in types may decide, which meet others at the row. */
 		if (!target->simple || target->carries_old)
 			(void) WaitForPredecessor(session);

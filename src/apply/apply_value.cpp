@@ -87,32 +87,17 @@ ChooseForm(const change::Column *column, Form_pg_attribute attribute, Oid base)
 	return attribute->atttypid == base ? BinaryForm(base) : Form::Receive;
 }
 
-/* Whether the text form of the type depends on settings. */
-static bool
-DependsOnSettings(Oid base)
+/* The settings that decide how the field's values are read. */
+static change::Settings
+SettingsToRead(const Field *field, const change::Column *column, Oid base)
 {
-	char category;
-	bool preferred;
-
-	if (base == JSONOID || base == JSONBOID)
-		return false;
-	get_type_category_preferred(base, &category, &preferred);
-	return category != TYPCATEGORY_STRING && category != TYPCATEGORY_ENUM &&
-		   category != TYPCATEGORY_BOOLEAN;
-}
-
-/* Without effect when they hold already. */
-void
-NeedTextFormat(Session *session)
-{
-	if (session->text_format)
-		return;
-	change::BeginTextFormat();
-	session->text_format = true;
+	if (field->form == Form::Convert)
+		return change::SettingsOf(base, NULL) | change::SettingsOf(column->type, NULL);
+	return field->form == Form::Input ? change::SettingsOf(base, NULL) : change::kNoSettings;
 }
 
 /* Function lookups in CurrentMemoryContext, where the field lives. */
-bool
+void
 InitField(Field *field, const change::Column *column, Form_pg_attribute attribute)
 {
 	Oid base = getBaseType(attribute->atttypid);
@@ -129,14 +114,15 @@ InitField(Field *field, const change::Column *column, Form_pg_attribute attribut
 					(errcode(ERRCODE_INVALID_COLUMN_REFERENCE),
 					 errmsg("key column \"%s\" is generated here", NameStr(attribute->attname)),
 					 errhint("Make it an ordinary column, or use another key.")));
-		return false;
+		return;
 	}
 	if (field->form == Form::Receive)
 		getTypeBinaryInputInfo(attribute->atttypid, &function, &field->ioparam);
 	else
 		getTypeInputInfo(attribute->atttypid, &function, &field->ioparam);
 	fmgr_info(function, &field->function);
-	return field->form == Form::Convert || (field->form == Form::Input && DependsOnSettings(base));
+	field->to_read = SettingsToRead(field, column, base);
+	field->to_compare = field->to_read | (attribute->attbyval ? 0 : change::SettingsOf(base, NULL));
 }
 
 /* ---- reading ---- */
@@ -283,11 +269,14 @@ ClearRow(TupleTableSlot *slot)
 void
 ReadRow(Session *session, Target *target, const change::Change *change)
 {
+	int nest_level = change::BeginTextFormat(target->to_read);
+
 	ClearRow(target->row);
 	for (int i = 0; i < target->n_fields; i++)
 		StoreValue(session, &target->fields[i], &change->relation->columns[i], &change->row[i],
 				   target->row);
 	ExecStoreVirtualTuple(target->row);
+	change::EndTextFormat(nest_level);
 }
 
 /* The columns that the change does not carry get what an INSERT would give them. */
@@ -310,6 +299,7 @@ void
 ReadKey(Session *session, Target *target, const change::Change *change)
 {
 	const change::Relation *relation = change->relation;
+	int nest_level = change::BeginTextFormat(target->to_read);
 	int at = 0;
 
 	ClearRow(target->search);
@@ -318,6 +308,7 @@ ReadKey(Session *session, Target *target, const change::Change *change)
 			StoreValue(session, &target->fields[i], &relation->columns[i], &change->key[at++],
 					   target->search);
 	ExecStoreVirtualTuple(target->search);
+	change::EndTextFormat(nest_level);
 }
 
 /* All columns but the key are NULL afterwards; values are shared with the row. */

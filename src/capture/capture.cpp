@@ -63,7 +63,7 @@ static bool
 Evaluate(CapturedTable *table, Target *target)
 {
 	bool isnull;
-	Datum result = ExecEvalExprSwitchContext(target->filter, table->econtext, &isnull);
+	Datum result = ExecEvalExprSwitchContext(target->filter.state, table->econtext, &isnull);
 
 	return !isnull && DatumGetBool(result);
 }
@@ -78,7 +78,7 @@ RefuseNested(Oid table)
 					errhint("Use functions that only read.")));
 }
 
-/* The same with the rights of the pair's owner, whatever the writer's search_path is. */
+/* The same with the rights of the pair's owner, whatever the writer's settings are. */
 static bool
 EvaluateAsOwner(CapturedTable *table, Target *target)
 {
@@ -89,10 +89,8 @@ EvaluateAsOwner(CapturedTable *table, Target *target)
 	table->evaluating = true;
 	Ensured(
 		[&] {
-			passes = AsOwner(target->route.owner, [&] {
-				SetFixedSearchPath();
-				return Evaluate(table, target);
-			});
+			passes = AsOwner(target->route.owner, change::kAllSettings,
+							 [&] { return Evaluate(table, target); });
 		},
 		[&] { table->evaluating = false; });
 	return passes;
@@ -101,10 +99,10 @@ EvaluateAsOwner(CapturedTable *table, Target *target)
 static bool
 Passes(CapturedTable *table, Target *target, TupleTableSlot *row)
 {
-	if (target->filter == NULL)
+	if (target->filter.state == NULL)
 		return true;
 	table->econtext->ecxt_scantuple = row;
-	bool passes = unlikely(target->filter_as_owner) ? EvaluateAsOwner(table, target)
+	bool passes = unlikely(target->filter.as_owner) ? EvaluateAsOwner(table, target)
 													: Evaluate(table, target);
 
 	ResetExprContext(table->econtext);
@@ -183,12 +181,7 @@ CaptureRow(CapturedTable *table, Target *target, TupleTableSlot *old_row, TupleT
 
 	if (!KindFor(table, target, old_row, new_row, &kind))
 		return;
-	if (!target->encoder->needs_text_format)
-	{
-		Append(target, kind, old_row, new_row);
-		return;
-	}
-	int nest_level = change::BeginTextFormat();
+	int nest_level = change::BeginTextFormat(target->encoder->settings);
 
 	Append(target, kind, old_row, new_row);
 	change::EndTextFormat(nest_level);

@@ -3,7 +3,7 @@
  *		The backend's cache of captured tables.
  *
  * An entry is built at the first row event and dropped when the relation, an
- * ancestor of it, or anything catalog::Generation() covers has changed.  An
+ * ancestor or a composite type of it, or anything catalog::Generation() covers has changed.  An
  * entry may be in use further up the stack when it is replaced: its memory is
  * then handed to the transaction, not freed at once.
  */
@@ -22,6 +22,15 @@ struct CacheSlot
 
 /* ---- invalidation ---- */
 
+/* Whether what was built from the relation's definition is in the entry; InvalidOid: any. */
+static bool
+DependsOn(const CapturedTable *table, Oid relation)
+{
+	return !OidIsValid(relation) || table->key.relation == relation ||
+		   list_member_oid(table->ancestors, relation) ||
+		   list_member_oid(table->row_types, relation);
+}
+
 static void
 OnRelcacheInvalidation(Datum, Oid relation)
 {
@@ -33,8 +42,7 @@ OnRelcacheInvalidation(Datum, Oid relation)
 	hash_seq_init(&scan, cache);
 	while ((slot = (CacheSlot *) hash_seq_search(&scan)) != NULL)
 	{
-		if (slot->table != NULL && (!OidIsValid(relation) || slot->key.relation == relation ||
-									list_member_oid(slot->table->ancestors, relation)))
+		if (slot->table != NULL && DependsOn(slot->table, relation))
 			slot->table->valid = false;
 	}
 }
@@ -241,7 +249,7 @@ BuildFilter(CapturedTable *table, Target *target, Relation rel, const catalog::P
 		return;
 	if (table->econtext == NULL)
 		table->econtext = CreateStandaloneExprContext();
-	target->filter = CompileFilter(rel, pair->row_filter, pair->owner, &target->filter_as_owner);
+	target->filter = CompileFilter(rel, pair->row_filter, pair->owner);
 }
 
 static void
@@ -256,6 +264,7 @@ BuildTarget(CapturedTable *table, Target *target, Relation rel, const catalog::P
 	target->route.queue_when_unreachable = pair->queue_when_unreachable;
 	target->route.stream = StreamOf(rel, pair);
 	BuildEncoder(target, rel, pair);
+	table->row_types = list_concat_unique_oid(table->row_types, target->encoder->row_types);
 	BuildFilter(table, target, rel, pair);
 }
 

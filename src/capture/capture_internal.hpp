@@ -12,6 +12,13 @@
 namespace mmrepl::capture
 {
 
+/* A row filter that is ready to be evaluated. */
+struct Filter
+{
+	ExprState *state; /* NULL: every row passes */
+	bool as_owner;	  /* it is not made of built-in immutable functions only */
+};
+
 /* One pair that a trigger serves. */
 struct Target
 {
@@ -20,9 +27,8 @@ struct Target
 	transaction::Route route;
 	change::RelationEncoder *encoder;
 	change::RelationEncoder *checked_encoder; /* for sync mode: with the old row */
-	bool subset;		  /* an update that touches none of the columns is no change */
-	ExprState *filter;	  /* NULL: every row */
-	bool filter_as_owner; /* it is not made of built-in immutable functions only */
+	bool subset; /* an update that touches none of the columns is no change */
+	Filter filter;
 };
 
 struct CacheKey
@@ -39,6 +45,7 @@ struct CapturedTable
 	uint64 generation;
 	MemoryContext context;
 	List *ancestors; /* OIDs of partitioned tables above it */
+	List *row_types; /* OIDs of the relations of composite types in it */
 	int n_targets;
 	Target *targets;
 	ExprContext *econtext;	/* for filters; NULL when there are none */
@@ -49,12 +56,12 @@ struct CapturedTable
 /*
  * Run fn with the rights of the role and no others, as maintenance commands run
  * what a table's owner has put into an index: in a security-restricted operation,
- * and settings that are changed there are changed back.  After an error the abort
- * of the (sub)transaction does so.
+ * under these settings as they are fixed for texts; what is changed there is
+ * changed back.  After an error the abort of the (sub)transaction does so.
  */
 template <typename Fn>
 inline auto
-AsOwner(Oid owner, Fn fn)
+AsOwner(Oid owner, change::Settings settings, Fn fn)
 {
 	Oid user;
 	int context;
@@ -64,23 +71,20 @@ AsOwner(Oid owner, Fn fn)
 	SetUserIdAndSecContext(owner,
 						   context | SECURITY_LOCAL_USERID_CHANGE | SECURITY_RESTRICTED_OPERATION);
 	nest_level = NewGUCNestLevel();
+	(void) change::BeginTextFormat(settings);
 
 	auto result = fn();
 
-	AtEOXact_GUC(false, nest_level);
+	AtEOXact_GUC(false, nest_level); /* and all within */
 	SetUserIdAndSecContext(user, context);
 	return result;
 }
 
-/* The search_path of filters, until the nest level of settings ends. */
-void SetFixedSearchPath();
-
 /*
- * A stored filter, ready to be evaluated, in CurrentMemoryContext; Vars of varno 1.
- * Parsed and simplified as the owner of its pair; *runs_as_owner: it has to be
- * evaluated so as well.  Raises with the reason when it does not compile any more.
+ * A stored filter in CurrentMemoryContext, Vars of varno 1; parsed and simplified as
+ * the owner of its pair.  Raises with the reason when it does not compile any more.
  */
-ExprState *CompileFilter(Relation rel, const char *filter, Oid owner, bool *runs_as_owner);
+Filter CompileFilter(Relation rel, const char *filter, Oid owner);
 
 /* The cached state for a relation and a trigger (NULL: the registered pairs'). */
 CapturedTable *LookUp(Relation rel, Trigger *trigger);

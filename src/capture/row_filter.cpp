@@ -3,8 +3,8 @@
  *		A pair's row filter: from the text that a user wrote to an expression.
  *
  * A filter is stored deparsed, with every name qualified that is not in
- * pg_catalog, and is read under a fixed search_path.  So it means the same in
- * every session, whatever search_path the writer has.
+ * pg_catalog, and is read and evaluated under fixed settings.  So it means the same
+ * in every session, whatever settings the writer has.
  *
  * It may call functions of anybody's making, and to read it is to run code:
  * input functions of literals, functions that are simplified away.  Whoever
@@ -42,16 +42,6 @@ DescribeSource(void *arg)
 		internalerrquery(source->filter);
 	}
 	errcontext("row_filter of table \"%s\"", source->table);
-}
-
-/* The search_path under which stored filters are written and read; returns the nest level. */
-int
-BeginFixedSearchPath()
-{
-	int nest_level = NewGUCNestLevel();
-
-	SetFixedSearchPath();
-	return nest_level;
 }
 
 /* Whether the statement is nothing but one expression without a name. */
@@ -134,7 +124,7 @@ CheckColumns(Relation rel, Node *expression)
 
 /*
  * The analyzed boolean expression over the relation's row (Vars of varno 1),
- * names looked up in the current search_path.  An alias may give the columns
+ * names and literals read under the current settings.  An alias may give the columns
  * other names than they have.
  */
 Node *
@@ -236,7 +226,7 @@ WithSource(Relation rel, const char *filter, const char *hint, Fn fn)
 {
 	Source source = {filter, RelationGetRelationName(rel)};
 	ErrorContextCallback callback = {error_context_stack, DescribeSource, &source};
-	decltype(fn()) result = NULL;
+	decltype(fn()) result = {};
 
 	error_context_stack = &callback;
 	ErrorData *error = Caught([&] { result = fn(); });
@@ -247,15 +237,15 @@ WithSource(Relation rel, const char *filter, const char *hint, Fn fn)
 	return result;
 }
 
-/* The expression as text that means the same under the fixed search_path. */
+/* The expression as text that means the same under the fixed settings. */
 char *
 Deparse(Relation rel, Node *expression)
 {
-	int nest_level = BeginFixedSearchPath();
+	int nest_level = change::BeginTextFormat(change::kAllSettings);
 	List *context = deparse_context_for(RelationGetRelationName(rel), RelationGetRelid(rel));
 	char *result = deparse_expression(expression, context, false, false);
 
-	AtEOXact_GUC(false, nest_level);
+	change::EndTextFormat(nest_level);
 	return result;
 }
 
@@ -280,25 +270,15 @@ AliasBeforeRename(Relation rel, const char *old_name, const char *new_name)
 
 } // namespace
 
-/* Until the nest level of settings ends. */
-void
-SetFixedSearchPath()
-{
-	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET, PGC_S_SESSION,
-							 GUC_ACTION_SAVE, true, 0, false);
-}
-
 /* The simplified expression, made ready; raises when it does not compile any more. */
-ExprState *
-CompileFilter(Relation rel, const char *filter, Oid owner, bool *runs_as_owner)
+Filter
+CompileFilter(Relation rel, const char *filter, Oid owner)
 {
 	return WithSource(rel, filter, kHintToChange, [&] {
-		return AsOwner(owner, [&] {
-			SetFixedSearchPath();
+		return AsOwner(owner, change::kAllSettings, [&] {
 			Expr *expression = expression_planner((Expr *) Analyze(rel, filter, NULL));
 
-			*runs_as_owner = HasOtherCode((Node *) expression, NULL);
-			return ExecInitExpr(expression, NULL);
+			return Filter{ExecInitExpr(expression, NULL), HasOtherCode((Node *) expression, NULL)};
 		});
 	});
 }
@@ -308,10 +288,7 @@ void
 CheckFilter(Relation rel, const char *filter, Oid owner)
 {
 	(void) WithSource(rel, filter, kHintToChange, [&] {
-		return AsOwner(owner, [&] {
-			SetFixedSearchPath();
-			return Analyze(rel, filter, NULL);
-		});
+		return AsOwner(owner, change::kAllSettings, [&] { return Analyze(rel, filter, NULL); });
 	});
 }
 
@@ -319,13 +296,12 @@ CheckFilter(Relation rel, const char *filter, Oid owner)
 char *
 CanonicalFilter(Relation rel, const char *filter, Oid owner)
 {
-	bool runs_as_owner;
 	Node *expression = WithSource(rel, filter, kHintToWrite, [&] {
-		return AsOwner(owner, [&] { return Analyze(rel, filter, NULL); });
+		return AsOwner(owner, change::kNoSettings, [&] { return Analyze(rel, filter, NULL); });
 	});
 	char *result = Deparse(rel, expression);
 
-	(void) CompileFilter(rel, result, owner, &runs_as_owner);
+	(void) CompileFilter(rel, result, owner);
 	return result;
 }
 
@@ -336,10 +312,7 @@ RenameInFilter(Relation rel, const char *filter, Oid owner, const char *old_name
 {
 	Alias *alias = AliasBeforeRename(rel, old_name, new_name);
 	Node *expression = WithSource(rel, filter, kHintToChange, [&] {
-		return AsOwner(owner, [&] {
-			SetFixedSearchPath();
-			return Analyze(rel, filter, alias);
-		});
+		return AsOwner(owner, change::kAllSettings, [&] { return Analyze(rel, filter, alias); });
 	});
 
 	return Deparse(rel, expression);

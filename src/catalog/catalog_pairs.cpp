@@ -149,6 +149,21 @@ PairsOf(Oid table)
 	return pairs;
 }
 
+Pair *
+FindPair(int32 id)
+{
+	Relation rel = OpenTable(&Relations::pair, AccessShareLock);
+	Pair *pair = NULL;
+
+	ForEachRow(rel, InvalidOid, 0, NULL, [&](const Row &row) {
+		if (DatumGetInt32(row.Get(attr::pair_id)) == id)
+			pair = ReadPair(row);
+		return pair == NULL;
+	});
+	table_close(rel, AccessShareLock);
+	return pair;
+}
+
 List *
 PairsOfServer(Oid server)
 {

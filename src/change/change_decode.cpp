@@ -415,15 +415,16 @@ AppendLiteral(StringInfo sql, const Column *column, const Value *value)
 		appendStringInfoString(sql, quote_literal_cstr(ValueText(column, value)));
 }
 
+/* An identity column gets its value also where the table would rather make one. */
 static void
-AppendInsertSql(StringInfo sql, const Change *change, const char *table)
+AppendInsertSql(StringInfo sql, const Change *change, const char *table, const SqlShape &shape)
 {
 	const Relation *rel = change->relation;
 
 	appendStringInfo(sql, "INSERT INTO %s(", table);
 	for (int i = 0; i < rel->n_columns; i++)
 		appendStringInfo(sql, "%s%s", i ? "," : "", quote_identifier(rel->columns[i].name));
-	appendStringInfoString(sql, ") VALUES(");
+	appendStringInfo(sql, ")%s VALUES(", shape.always ? " OVERRIDING SYSTEM VALUE" : "");
 	for (int i = 0; i < rel->n_columns; i++)
 	{
 		if (i)
@@ -461,23 +462,53 @@ AppendWhere(StringInfo sql, const Relation *rel, const Value *values, bool whole
 	}
 }
 
-static void
-AppendUpdateSql(StringInfo sql, const Change *change, const char *table)
+/* Whether a key column keeps its value; it is not NULL. */
+static bool
+KeepsKey(const Value &before, const Value &after)
+{
+	return before.length == after.length && memcmp(before.data, after.data, before.length) == 0;
+}
+
+/*
+ * The columns to be assigned: the key's where it has changed.  What is always generated
+ * cannot be assigned, and is left alone by an UPDATE that does not make it anew.
+ */
+static Bitmapset *
+Assigned(const Change *change, const SqlShape &shape)
 {
 	const Relation *rel = change->relation;
-	bool set_keys = change->has_old_key || rel->n_keys == rel->n_columns;
-	bool first = true;
+	Bitmapset *keys = NULL;
+	Bitmapset *others = NULL;
+	int at = 0;
 
-	appendStringInfo(sql, "UPDATE %s SET ", table);
 	for (int i = 0; i < rel->n_columns; i++)
 	{
-		const Column *column = &rel->columns[i];
+		const Value *before =
+			change->has_old_key && rel->columns[i].key ? &change->key[at++] : NULL;
+		bool always = bms_is_member(i, shape.always);
 
-		if (column->key && !set_keys)
-			continue;
-		appendStringInfo(sql, "%s%s = ", first ? "" : ", ", quote_identifier(column->name));
-		AppendLiteral(sql, column, &change->row[i]);
-		first = false;
+		if (!rel->columns[i].key && !always)
+			others = bms_add_member(others, i);
+		if (rel->columns[i].key && !(always && before != NULL && KeepsKey(*before, change->row[i])))
+			keys = bms_add_member(keys, i);
+	}
+	return change->has_old_key || others == NULL ? bms_union(keys, others) : others;
+}
+
+static void
+AppendUpdateSql(StringInfo sql, const Change *change, const char *table, const SqlShape &shape)
+{
+	const Relation *rel = change->relation;
+	Bitmapset *assigned = Assigned(change, shape);
+	const char *before = "";
+	int i = -1;
+
+	appendStringInfo(sql, "UPDATE %s SET ", table);
+	while ((i = bms_next_member(assigned, i)) >= 0)
+	{
+		appendStringInfo(sql, "%s%s = ", before, quote_identifier(rel->columns[i].name));
+		AppendLiteral(sql, &rel->columns[i], &change->row[i]);
+		before = ", ";
 	}
 	if (change->has_old_key)
 		AppendWhere(sql, rel, change->key, false);
@@ -486,27 +517,29 @@ AppendUpdateSql(StringInfo sql, const Change *change, const char *table)
 }
 
 void
-AppendSql(StringInfo sql, const Change *change)
+AppendSql(StringInfo sql, const Change *change, const SqlShape &shape)
 {
 	const Relation *rel = change->relation;
+	int nest_level = BeginTextFormat(kTextSettings);
 	char *table = quote_qualified_identifier(rel->remote_schema, rel->remote_table);
 
 	switch (change->kind)
 	{
 		case kInsert:
-			AppendInsertSql(sql, change, table);
+			AppendInsertSql(sql, change, table, shape);
 			break;
 		case kUpdate:
-			AppendUpdateSql(sql, change, table);
+			AppendUpdateSql(sql, change, table, shape);
 			break;
 		case kDelete:
 			appendStringInfo(sql, "DELETE FROM %s", table);
 			AppendWhere(sql, rel, change->key, false);
 			break;
 		default:
-			appendStringInfo(sql, "TRUNCATE TABLE ONLY %s", table);
+			appendStringInfo(sql, "TRUNCATE TABLE %s%s", shape.partitioned ? "" : "ONLY ", table);
 			break;
 	}
+	EndTextFormat(nest_level);
 }
 
 /* ---- conflict rules ---- */

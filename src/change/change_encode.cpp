@@ -363,38 +363,4 @@ AppendTruncate(Segment *segment, RelationEncoder *rel)
 	Commit(out);
 }
 
-/* ---- text format ---- */
-
-int
-BeginTextFormat()
-{
-	constexpr const char *path = "pg_catalog, pg_temp";
-	const struct
-	{
-		const char *name;
-		const char *value;
-		bool holds; /* most of them are the defaults */
-	} settings[] = {
-		{"datestyle", "ISO", DateStyle == USE_ISO_DATES},
-		{"intervalstyle", "postgres", IntervalStyle == INTSTYLE_POSTGRES},
-		{"extra_float_digits", "3", extra_float_digits > 0},
-		{"bytea_output", "hex", bytea_output == BYTEA_OUTPUT_HEX},
-		{"array_nulls", "on", Array_nulls},
-		{"search_path", path, strcmp(namespace_search_path, path) == 0},
-	};
-	int nest_level = NewGUCNestLevel();
-
-	for (auto &setting : settings)
-		if (!setting.holds)
-			(void) set_config_option(setting.name, setting.value, PGC_USERSET, PGC_S_SESSION,
-									 GUC_ACTION_SAVE, true, 0, false);
-	return nest_level;
-}
-
-void
-EndTextFormat(int nest_level)
-{
-	AtEOXact_GUC(true, nest_level);
-}
-
 } // namespace mmrepl::change

@@ -11,28 +11,10 @@ static uint64 last_serial;
 
 /* ---- columns ---- */
 
-/* Whether a type's text form is the same under any settings. */
-static bool
-TextIsStable(Oid type)
-{
-	switch (type)
-	{
-		case JSONOID:
-		case JSONBOID:
-		case XMLOID:
-		case NAMEOID:
-		case CHAROID:
-		case TSVECTOROID:
-		case TSQUERYOID:
-			return true;
-		default:
-			return get_typtype(type) == TYPTYPE_ENUM;
-	}
-}
-
 /* Choose how a column travels. */
 static void
-BuildColumn(ColumnEncoder *column, const ColumnSpec &spec, Form_pg_attribute attribute)
+BuildColumn(ColumnEncoder *column, const ColumnSpec &spec, Form_pg_attribute attribute,
+			List **row_types)
 {
 	Oid base = getBaseType(attribute->atttypid);
 	Oid function;
@@ -43,7 +25,7 @@ BuildColumn(ColumnEncoder *column, const ColumnSpec &spec, Form_pg_attribute att
 	column->binary = base < kFirstUnstableOid && WireOf(base) != Wire::Text;
 	column->type = column->binary ? base : attribute->atttypid;
 	column->wire = column->binary ? WireOf(base) : Wire::Text;
-	column->by_text = !column->binary && !TextIsStable(base);
+	column->settings = column->binary ? kNoSettings : SettingsOf(base, row_types);
 	if (column->binary)
 		getTypeBinaryOutputInfo(column->type, &function, &is_varlena);
 	else
@@ -126,10 +108,11 @@ BuildRelationEncoder(const RelationSpec &spec, TupleDesc desc)
 	{
 		const ColumnSpec &column = spec.columns[i];
 
-		BuildColumn(&rel->columns[i], column, TupleDescAttr(desc, column.attnum - 1));
+		BuildColumn(&rel->columns[i], column, TupleDescAttr(desc, column.attnum - 1),
+					&rel->row_types);
 		PutColumn(&buf, rel->columns[i], column.remote_name);
 		rel->entries[i + 1] = (uint32) buf.len;
-		rel->needs_text_format |= rel->columns[i].by_text;
+		rel->settings |= rel->columns[i].settings;
 	}
 	rel->definition = buf.data;
 	rel->definition_length = (uint32) buf.len;
@@ -173,7 +156,7 @@ BuildPartial(const RelationEncoder *rel, const Bitmapset *sparing)
 
 		*column = rel->columns[i];
 		fmgr_info_copy(&column->output, &rel->columns[i].output, CurrentMemoryContext);
-		partial->needs_text_format |= column->by_text;
+		partial->settings |= column->settings;
 	}
 	SpareInDefinition(partial, rel);
 	return partial;

@@ -46,14 +46,14 @@ NameDatum(const char *string)
 }
 
 static void
-PutChange(View *view, const change::Change *change)
+PutChange(View *view, SqlWriter *writer, const change::Change *change)
 {
 	Datum values[kViewColumns];
 	bool nulls[kViewColumns] = {};
 	StringInfoData sql;
 
 	initStringInfo(&sql);
-	change::AppendSql(&sql, change);
+	AppendSql(&sql, writer, change);
 	values[0] = Int64GetDatum(++view->id);
 	values[1] = NameDatum(change->relation->local_schema);
 	values[2] = NameDatum(change->relation->local_table);
@@ -78,10 +78,11 @@ PutSegment(void *arg, const char *data, uint32 length)
 	InContext(view->per_segment, [&] {
 		change::Decoder decoder;
 		const change::Change *change;
+		SqlWriter writer = {};
 
 		change::StartDecoding(&decoder, data, length);
 		while ((change = change::Next(&decoder)) != NULL)
-			PutChange(view, change);
+			PutChange(view, &writer, change);
 	});
 	MemoryContextReset(view->per_segment);
 }

@@ -245,6 +245,7 @@ RecordSegment(void *arg, const char *data, uint32 length)
 	Skipped *skipped = (Skipped *) arg;
 	change::Decoder decoder;
 	const change::Change *change;
+	queue::SqlWriter writer = {};
 
 	change::StartDecoding(&decoder, data, length);
 	while ((change = change::Next(&decoder)) != NULL)
@@ -252,7 +253,7 @@ RecordSegment(void *arg, const char *data, uint32 length)
 		StringInfoData sql;
 
 		initStringInfo(&sql);
-		change::AppendSql(&sql, change);
+		queue::AppendSql(&sql, &writer, change);
 		skipped->queries = accumArrayResult(skipped->queries, CStringGetTextDatum(sql.data), false,
 											TEXTOID, CurrentMemoryContext);
 		skipped->changes++;
