@@ -175,8 +175,9 @@ Datum SqlNodeId(FunctionCallInfo fcinfo);
 /* What a command dropped that an expression could need. */
 struct Dropped
 {
-	List *names; /* of char *: of functions, operators, types, collations, schemas */
-	bool cast;	 /* a cast, which has no name */
+	List *
+		names; /* of char *: of functions, operators, types, collations, schemas; ".x" of columns x */
+	bool cast; /* a cast, which has no name */
 };
 
 /* Only in an event trigger for sql_drop. */

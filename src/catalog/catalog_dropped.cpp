@@ -11,7 +11,7 @@ namespace mmrepl::catalog
 /* The columns are those of the function; their order is that of the query. */
 static constexpr const char *kDroppedQuery =
 	"SELECT d.classid, coalesce(d.object_name, d.address_names[pg_catalog.cardinality("
-	"d.address_names)]) FROM pg_catalog.pg_event_trigger_dropped_objects() d";
+	"d.address_names)]), d.objsubid FROM pg_catalog.pg_event_trigger_dropped_objects() d";
 
 /* Whether an expression can name objects of the catalog. */
 static bool
@@ -37,10 +37,16 @@ AddDropped(HeapTuple tuple, TupleDesc desc, Dropped *dropped, MemoryContext cont
 	bool is_null;
 	Oid catalog = DatumGetObjectId(SPI_getbinval(tuple, desc, 1, &is_null));
 	char *name = SPI_getvalue(tuple, desc, 2);
+	bool column = catalog == RelationRelationId &&
+				  DatumGetInt32(SPI_getbinval(tuple, desc, 3, &is_null)) != 0;
 
 	dropped->cast |= catalog == CastRelationId;
-	if (name != NULL && IsNamedInExpressions(catalog))
-		InContext(context, [&] { dropped->names = lappend(dropped->names, pstrdup(name)); });
+	if (name == NULL || !(column || IsNamedInExpressions(catalog)))
+		return;
+	InContext(context, [&] {
+		dropped->names = lappend(dropped->names,
+								 column ? psprintf(".%s", quote_identifier(name)) : pstrdup(name));
+	});
 }
 
 Dropped
