@@ -128,7 +128,6 @@ extern "C" {
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/numeric.h"
-#include "utils/pg_locale.h"
 #include "utils/pg_lsn.h"
 #include "utils/pidfile.h"
 #include "utils/portal.h"

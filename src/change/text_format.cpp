@@ -28,9 +28,12 @@ IsUtc()
 	return zone != NULL && (strcmp(zone, "UTC") == 0 || strcmp(zone, "Etc/UTC") == 0);
 }
 
+/* Asked by name: the header that declares the variables wants another library's (ICU). */
 static bool
-IsC(const char *locale)
+IsC(const char *setting)
 {
+	const char *locale = GetConfigOption(setting, false, false);
+
 	return strcmp(locale, "C") == 0 || strcmp(locale, "POSIX") == 0;
 }
 
@@ -49,13 +52,13 @@ static constexpr Pinned pinned[] = {
 	{kFloatDigits, "extra_float_digits", "3", [] { return extra_float_digits > 0; }},
 	{kByteaOutput, "bytea_output", "hex", [] { return bytea_output == BYTEA_OUTPUT_HEX; }},
 	{kArrayNulls, "array_nulls", "on", [] { return Array_nulls; }},
-	{kMonetary, "lc_monetary", "C", [] { return IsC(locale_monetary); }},
+	{kMonetary, "lc_monetary", "C", [] { return IsC("lc_monetary"); }},
 	{kXmlOption, "xmloption", "content", [] { return xmloption == XMLOPTION_CONTENT; }},
 	{kNames, "search_path", kPath, [] { return strcmp(namespace_search_path, kPath) == 0; }},
 	{kNames, "quote_all_identifiers", "off", [] { return !quote_all_identifiers; }},
 	{kExpressions, "DateStyle", "MDY", [] { return DateOrder == DATEORDER_MDY; }},
-	{kExpressions, "lc_numeric", "C", [] { return IsC(locale_numeric); }},
-	{kExpressions, "lc_time", "C", [] { return IsC(locale_time); }},
+	{kExpressions, "lc_numeric", "C", [] { return IsC("lc_numeric"); }},
+	{kExpressions, "lc_time", "C", [] { return IsC("lc_time"); }},
 	{kExpressions, "default_text_search_config", "pg_catalog.simple", IsSimpleConfig},
 	{kExpressions, "standard_conforming_strings", "on", [] { return standard_conforming_strings; }},
 };
