@@ -281,19 +281,6 @@ State &Get();
 InFlight &SlotOf(int process_index);
 InFlight &MySlot();
 
-/* Call fn(stream), while the slot can have no other use, if it still has this one. */
-template <typename Fn>
-void
-WhileInUse(int index, uint64 epoch, Fn fn)
-{
-	Stream &stream = Get().streams[index];
-
-	LWLockAcquire(Get().registry, LW_SHARED);
-	if (stream.in_use && stream.epoch == epoch)
-		fn(stream);
-	LWLockRelease(Get().registry);
-}
-
 /* This process serves a peer from now on, until it ends; the launcher is told. */
 void NotePeerSession();
 
@@ -307,8 +294,20 @@ uint64 RingBytes();
  * room).  A new slot starts with confirmed and discarded as given.
  */
 int FindStream(Oid database, int32 id);
+int FindStreamLocked(Oid database, int32 id); /* the registry lock is held */
 int RegisterStream(Oid database, int32 id, Oid server, Oid owner, uint64 confirmed,
 				   uint64 discarded, bool paused);
+
+/* Call fn(index) with the stream's slot, if it has one, while that can have no other use. */
+template <typename Fn>
+void
+WithSlotOf(Oid database, int32 id, Fn fn)
+{
+	LWLockAcquire(Get().registry, LW_SHARED);
+	if (int index = FindStreamLocked(database, id); index >= 0)
+		fn(index);
+	LWLockRelease(Get().registry);
+}
 
 /* Positions of the stream, read while the slot cannot be another's; false: it has no slot. */
 struct Positions

@@ -30,14 +30,34 @@ TakeSlot(const catalog::StreamRow &row)
 	return slot;
 }
 
+/* A row that was changed before the slot was taken has told shared memory of it in vain. */
+static void
+FollowSince(const catalog::StreamRow &row)
+{
+	catalog::StreamRow now = {};
+
+	if (!catalog::ReadStreamRow(row.id, &now) || now.DiscardedUpTo() == row.DiscardedUpTo())
+		return;
+	shmem::WithSlotOf(MyDatabaseId, row.id, [&](int slot) {
+		shmem::Stream &stream = shmem::Get().streams[slot];
+
+		if (pg_atomic_read_u64(&stream.discarded) == row.DiscardedUpTo())
+			SetDiscarded(stream, now.DiscardedUpTo());
+	});
+}
+
 int
 AwaitSlot(const catalog::StreamRow &row)
 {
 	constexpr int kTries = 5;
-	int slot;
+	int slot = SlotOf(row.id);
 
+	if (slot >= 0)
+		return slot;
 	for (int i = 0; (slot = TakeSlot(row)) < 0 && i < kTries && shmem::AwaitLeaver(1000); i++)
 		;
+	if (slot >= 0)
+		FollowSince(row);
 	return slot;
 }
 

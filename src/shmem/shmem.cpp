@@ -186,8 +186,7 @@ RingOf(int index)
 	return rings + (Size) index * RingBytes();
 }
 
-/* The slot of a stream; the registry lock is held. */
-static int
+int
 FindStreamLocked(Oid database, int32 id)
 {
 	for (int i = 0; i < guc::max_servers; i++)

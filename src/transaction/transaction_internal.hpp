@@ -81,8 +81,6 @@ struct Resync
 {
 	Resync *next;
 	int32 stream;
-	int slot;
-	uint64 epoch;	  /* of the slot's use */
 	bool copying;	  /* resync(): what is captured is queued */
 	int level;		  /* nest level of the call, after merges */
 	uint64 discarded; /* as the row says at PRE_COMMIT */

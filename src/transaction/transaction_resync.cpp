@@ -58,8 +58,6 @@ FollowResyncAtCommit(int32 stream, int slot, bool copying)
 	Resync *resync = (Resync *) MemoryContextAllocZero(TopTransactionContext, sizeof(Resync));
 
 	resync->stream = stream;
-	resync->slot = slot;
-	resync->epoch = shmem::Get().streams[slot].epoch;
 	resync->copying = copying;
 	resync->level = GetCurrentTransactionNestLevel();
 	resync->next = current.resyncs;
@@ -149,7 +147,7 @@ ReadResyncs(bool prepare)
 	}
 }
 
-/* Nothing here raises. */
+/* Wherever the stream's slot is by now.  Nothing here raises. */
 void
 PublishResyncs()
 {
@@ -159,8 +157,9 @@ PublishResyncs()
 			MMREPL_CRASH_POINT("give-up-visible");
 		else
 			MMREPL_CRASH_POINT("resync-visible");
-		shmem::WhileInUse(resync->slot, resync->epoch, [&](shmem::Stream &stream) {
-			queue::SetDiscarded(stream, resync->discarded);
+		shmem::WithSlotOf(MyDatabaseId, resync->stream, [&](int slot) {
+			queue::SetDiscarded(shmem::Get().streams[slot], resync->discarded);
+			WakeStreamAtEnd(slot);
 		});
 		if (resync->discarded == shmem::kNeedsResync)
 			MMREPL_CRASH_POINT("give-up-published");

@@ -151,5 +151,36 @@ section 'a worker that is about to confirm' => sub {
 	is_equal('confirmed');
 };
 
+# Who waits for the tables that resync() locks is captured as soon as it has ended,
+# wherever the stream is by then.
+section 'resync()' => sub {
+	begin();
+	my ($session, $writer) = map { $alpha->session } 1, 2;
+
+	$beta->close_to_peers('postgres');
+	here(q{ALTER SYSTEM SET mmrepl.max_queue_size = '64kB'; SELECT pg_reload_conf()});
+	$alpha->poll_ok(q{SELECT current_setting('mmrepl.max_queue_size') = '64kB'}, 'there is a limit');
+	here('INSERT INTO item SELECT g, 0 FROM generate_series(101, 20000) g');
+	is($alpha->state('beta'), 'needs resync', 'beta is given up');
+	here('ALTER SYSTEM RESET mmrepl.max_queue_size; SELECT pg_reload_conf()');
+	$beta->open_to_peers;
+	$session->ok(q{BEGIN; SELECT mmrepl.resync('beta')});
+	send_away();
+	here(q{SELECT mmrepl.retry_now('gamma')});      # takes the slot that was beta's
+	release_fault($alpha, $scout);
+	$alpha->poll_ok('SELECT count(*) = 2 FROM mmrepl.pg_stat_mmrepl WHERE pid IS NOT NULL', 'there are workers again');
+	$alpha->poll_state('beta', 'needs resync');
+	$writer->start('INSERT INTO item VALUES (100, 0)');
+	$alpha->poll_ok("SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = " . $writer->pid, 'somebody waits for the table');
+	my $worker = $alpha->stat('beta', 'pid');
+
+	kill('STOP', $worker);
+	$session->ok('COMMIT');
+	$writer->finish;
+	kill('CONT', $worker);
+	is_equal('resynced');
+	$_->quit foreach $session, $writer;
+};
+
 $_->stop('fast') foreach $alpha, $beta;
 done_testing();
