@@ -60,6 +60,7 @@ EnterSlot(int slot)
 	int other;
 
 	my_slot = slot;
+	MMREPL_FAULT_POINT("worker-entering");
 	before_shmem_exit(LeaveSlot, (Datum) 0);
 	do
 	{
@@ -70,16 +71,34 @@ EnterSlot(int slot)
 	MMREPL_FAULT_POINT("worker-started");
 }
 
+/*
+ * Whose worker this is.  False: nobody's; since it was started the slot has been freed,
+ * or is another database's by now.
+ */
+static bool
+Identify(Session *session)
+{
+	const shmem::Stream &stream = *session->shared;
+
+	LWLockAcquire(shmem::Get().registry, LW_SHARED);
+	bool mine = stream.in_use && stream.database == MyDatabaseId && stream.worker_pid == MyProcPid;
+
+	session->epoch = stream.epoch;
+	session->stream = stream.id;
+	session->server = stream.server;
+	session->owner = stream.owner;
+	LWLockRelease(shmem::Get().registry);
+	return mine;
+}
+
 static void
 InitSession(Session *session, int slot)
 {
 	*session = {};
 	session->slot = slot;
 	session->shared = &shmem::Get().streams[slot];
-	session->epoch = session->shared->epoch;
-	session->stream = session->shared->id;
-	session->server = session->shared->server;
-	session->owner = session->shared->owner;
+	if (!Identify(session))
+		proc_exit(0);
 	session->group_limit = guc::batch_transactions;
 	InitLanes(session);
 	session->config_context =

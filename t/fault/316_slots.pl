@@ -182,5 +182,36 @@ section 'resync()' => sub {
 	$_->quit foreach $session, $writer;
 };
 
+# A worker that has been started for a slot enters it when it is another database's.
+section 'a worker that comes too late' => sub {
+	my $entering = 'worker-entering:wait:1';
+
+	here(q{SELECT mmrepl.drop_pair('other', 'gamma'); DROP SERVER gamma CASCADE});
+	$alpha->install_extension('second');
+	$alpha->add_peer($beta, dbname => 'second', server => 'gamma', peer_dbname => 'gamma');
+	$alpha->safe_psql('second', 'CREATE TABLE other (id int PRIMARY KEY, n int)');
+	disarm_faults($alpha);
+	$alpha->restart;
+	$alpha->wait_caught_up('beta');
+	$alpha->create_pair('other', 'gamma', undef, 'second');
+	$alpha->wait_caught_up('gamma', 'second');
+
+	arm_fault($alpha, $entering);
+	until_true(sub { (query($alpha, 'SHOW mmrepl.fault') // '') eq $entering }) or fail("$entering is set");
+	here(q{SELECT pg_terminate_backend(pid) FROM mmrepl.pg_stat_mmrepl});
+	ok(await_fault($alpha, $entering), 'a worker is about to enter the slot of beta');
+	arm_fault($alpha, $scout);
+	until_true(sub { (query($alpha, 'SHOW mmrepl.fault') // '') eq $scout }) or fail("$scout is set");
+	like($alpha->fails($_, "ALTER DATABASE $_ RENAME TO mine"), qr/0A000/, "$_ loses its slot") foreach qw(second postgres);
+	ok(await_fault($alpha, $scout), 'a scout is about to take slots');
+	$alpha->safe_psql('second', q{SELECT mmrepl.retry_now('gamma'); INSERT INTO other VALUES (100, 0)});
+	release_fault($alpha, $scout);
+	$alpha->poll_ok('SELECT pid IS NOT NULL FROM mmrepl.pg_stat_mmrepl', 'beta has another slot');
+	release_fault($alpha, $entering);
+	$beta->poll_ok('SELECT count(*) = 1 FROM other WHERE id = 100', 'what is queued in the other database is delivered', 'gamma');
+	ok(!$alpha->log_contains(qr/is linked to another server/), '... by a worker of its own');
+	$alpha->wait_caught_up('beta');
+};
+
 $_->stop('fast') foreach $alpha, $beta;
 done_testing();
