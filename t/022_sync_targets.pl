@@ -112,6 +112,24 @@ section 'all or none' => sub {
 	is(everywhere('SELECT id, v FROM many WHERE id >= 20'),
 		'20|kept one two three', 'caught: the transaction goes on everywhere');
 	is(here('SELECT v FROM many WHERE id >= 20'), 'kept one two three', 'and here');
+
+	# Refused was what was captured outside of the block that is undone for it; the statement
+	# has more for all of them.
+	here(q{
+		CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS $$
+		BEGIN
+			UPDATE many SET v = 'swallowed' WHERE id = 0;
+		EXCEPTION WHEN raise_exception THEN
+			RETURN NULL;
+		END $$;
+		CREATE TRIGGER swallow AFTER INSERT ON many FOR EACH ROW WHEN (NEW.id = 22) EXECUTE FUNCTION swallow()});
+	$session->ok('BEGIN; SAVEPOINT s');
+	my (undef, $err) = $session->run(q{INSERT INTO many VALUES (22, 'bad for one'), (23, 'more')});
+	like($err, qr/ERROR:  P0001: .*22 is bad.*server "one"/s, 'caught too far inside, it is said again');
+	unlike($err, qr/25P02/, '... and nothing else');
+	$session->ok(q{ROLLBACK TO s; INSERT INTO many VALUES (24, 'kept'); COMMIT; DELETE FROM many WHERE id = 24});
+	is(everywhere('SELECT count(*) FROM many WHERE id IN (22, 23, 24)'), '0', '... until the savepoint repairs it');
+	here('DROP TRIGGER swallow ON many');
 };
 
 section 'sync, async and other tables' => sub {

@@ -269,7 +269,7 @@ Post(Work *work, Segment *first, uint64 xid, int nest_level)
 	Posted *posted = work->posted;
 	Segment *from = FirstUnsent(posted == NULL ? first : posted->last->next);
 
-	if (from == NULL || work->broken || (work->begun && !Usable(work)) ||
+	if (from == NULL || work->broken || work->refusal != NULL || (work->begun && !Usable(work)) ||
 		!TakesMore(work, nest_level))
 		return;
 	Guarded(
