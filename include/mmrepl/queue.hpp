@@ -405,7 +405,7 @@ void ReleaseOrderingLock(const LOCKTAG &tag);
 /* The stream's slot of shared memory, taken now if no scout has done so; -1: all are taken. */
 int TakeSlot(const catalog::StreamRow &row);
 
-/* The same, but a worker that is about to leave a slot is waited for, some seconds.  Interruptible. */
+/* The same, but who is about to leave a slot is waited for, some seconds.  Interruptible. */
 int AwaitSlot(const catalog::StreamRow &row);
 int RequireSlot(const catalog::StreamRow &row); /* the same; raises when all are taken */
 

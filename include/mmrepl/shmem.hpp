@@ -324,10 +324,10 @@ void UnregisterStream(int index, uint64 epoch);
 /* This process is the slot's worker no longer; no error. */
 void LeaveStream(Stream &stream);
 
-/*
- * Wait, at most so many ms, until a worker has left a slot that was freed; false if no
- * free slot has a worker.  Interruptible.
- */
+/* Whether a slot was freed that a worker, or a transaction on its way, has not left yet. */
+bool HasLeavers();
+
+/* Wait, at most so many ms, until one has left; false if there is none.  Interruptible. */
 bool AwaitLeaver(long timeout);
 
 /* The database's block, taken if need be; raises when all are taken. */

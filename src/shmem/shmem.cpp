@@ -303,25 +303,46 @@ LeaveStream(Stream &stream)
 	WakeLauncher();
 }
 
-/* The first free slot that a worker has not left yet, or NULL. */
-static Stream *
+/* Whether the slot is free, but for a worker or a transaction of its former use. */
+static bool
+IsBeingLeft(int index)
+{
+	if (state->streams[index].in_use)
+		return false;
+	if (HasWorker(&state->streams[index]))
+		return true;
+	SpinLockAcquire(&state->clock_mutex);
+	bool on_the_way = HasEntriesOnTheWay(index);
+	SpinLockRelease(&state->clock_mutex);
+	return on_the_way;
+}
+
+/* The first such slot, or -1. */
+static int
 FirstLeft()
 {
-	for (int i = 0; i < guc::max_servers; i++)
-		if (!state->streams[i].in_use && HasWorker(&state->streams[i]))
-			return &state->streams[i];
-	return NULL;
+	int index = 0;
+
+	while (index < guc::max_servers && !IsBeingLeft(index))
+		index++;
+	return index < guc::max_servers ? index : -1;
+}
+
+bool
+HasLeavers()
+{
+	return FirstLeft() >= 0;
 }
 
 bool
 AwaitLeaver(long timeout)
 {
-	Stream *stream = FirstLeft();
+	int index = FirstLeft();
 
-	if (stream == NULL)
+	if (index < 0)
 		return false;
-	while (!stream->in_use && HasWorker(stream) &&
-		   !ConditionVariableTimedSleep(&stream->settled_cv, timeout, PG_WAIT_EXTENSION))
+	while (IsBeingLeft(index) && !ConditionVariableTimedSleep(&state->streams[index].settled_cv,
+															  timeout, PG_WAIT_EXTENSION))
 		;
 	ConditionVariableCancelSleep();
 	return true;

@@ -96,8 +96,8 @@ static struct
 } scout;
 
 /*
- * Forget the scout.  If it died (an error, a termination), its database is looked
- * at again, after a second, and less and less often while this goes on.
+ * Forget the scout.  If it died (an error, a termination), or a slot will be free only
+ * later, its database is looked at again, after a second, and less and less often while this goes on.
  */
 static void
 DismissScout()
@@ -231,10 +231,27 @@ SendNextScout()
 	return scout.handle == NULL ? scout.retry_at : 0;
 }
 
+/* Give the stream a slot; false when one is free, but not yet: another scout is to come. */
+static bool
+ServeStream(const catalog::StreamRow &row)
+{
+	if (queue::AwaitSlot(row) >= 0)
+		return true;
+	if (shmem::HasLeavers())
+		return false;
+	ereport(WARNING, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
+					  errmsg("mmrepl: stream %d cannot be served", row.id),
+					  errdetail("Its changes are queued and stay so."),
+					  errhint("Raise \"mmrepl.max_servers\" and restart the server.")));
+	return true;
+}
+
 void
 RunScout(Oid)
 {
-	InTransaction([] {
+	bool done = true;
+
+	InTransaction([&] {
 		ListCell *cell;
 
 		if (!catalog::ExtensionExists())
@@ -243,16 +260,12 @@ RunScout(Oid)
 		queue::EnsureReady();
 		foreach(cell, catalog::AllStreams())
 		{
-			catalog::StreamRow *row = (catalog::StreamRow *) lfirst(cell);
-			if (queue::AwaitSlot(*row) < 0)
-				ereport(WARNING, (errcode(ERRCODE_MMREPL_TOO_MANY_STREAMS),
-								  errmsg("mmrepl: stream %d cannot be served", row->id),
-								  errdetail("Its changes are queued and stay so."),
-								  errhint("Raise \"mmrepl.max_servers\" and restart the server.")));
+			done &= ServeStream(*(const catalog::StreamRow *) lfirst(cell));
 			MMREPL_FAULT_POINT("scout-registered");
 		}
 	});
-	pg_atomic_write_u32(&shmem::Get().scout_done, MyDatabaseId);
+	if (done)
+		pg_atomic_write_u32(&shmem::Get().scout_done, MyDatabaseId);
 }
 
 /* ---- supervision ---- */

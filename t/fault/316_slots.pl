@@ -182,6 +182,27 @@ section 'resync()' => sub {
 	$_->quit foreach $session, $writer;
 };
 
+# A slot is not free as long as a transaction has something to say there.  Nobody
+# else asks for the stream that had to wait for that.
+section 'a transaction that takes its time to end' => sub {
+	my $ending = 'commit-visible:wait:1';
+
+	begin();
+	my $writer = $alpha->session;
+
+	$writer->ok("SET mmrepl.fault = '$ending'");
+	$writer->start('UPDATE item SET n = 5 WHERE id = 1');
+	ok(await_fault($alpha, $ending), 'a transaction is about to end');
+	like($alpha->fails('postgres', 'ALTER DATABASE postgres RENAME TO mine'), qr/0A000/, 'a command that is refused');
+	$alpha->poll_ok('SELECT count(*) = 1 FROM mmrepl.pg_stat_mmrepl WHERE pid IS NOT NULL', 'one stream has a slot');
+	$alpha->poll_ok(q{SELECT count(*) = 0 FROM pg_stat_activity WHERE backend_type = 'mmrepl scout'}, 'a scout has waited for the other');
+	release_fault($alpha, $ending);
+	$writer->finish;
+	$alpha->poll_ok('SELECT count(*) = 2 FROM mmrepl.pg_stat_mmrepl WHERE pid IS NOT NULL', 'so has the other in the end');
+	$writer->quit;
+	is_equal('ended');
+};
+
 # A worker that has been started for a slot enters it when it is another database's.
 section 'a worker that comes too late' => sub {
 	my $entering = 'worker-entering:wait:1';
