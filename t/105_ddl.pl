@@ -247,6 +247,11 @@ section 'what a pair needs is dropped by CASCADE' => sub {
 		[ 'ALTER TYPE row_type ALTER ATTRIBUTE n TYPE text CASCADE',
 			qr/operator does not exist: text <> integer/ ],
 		[ 'ALTER TYPE addr DROP ATTRIBUTE city', qr/column "city" not found in data type public.addr/ ],
+		# How the filter is stored does not depend on this, but what it was searched for did.
+		[ 'SET LOCAL quote_all_identifiers = on; ALTER TYPE addr DROP ATTRIBUTE city',
+			qr/column "city" not found in data type public.addr/ ],
+		[ 'SET LOCAL quote_all_identifiers = on; ALTER TYPE addr RENAME ATTRIBUTE city TO town',
+			qr/column "city" not found in data type public.addr/ ],
 		[ 'DROP OPERATOR CLASS own_ops USING btree CASCADE', $no_key ],
 		[ 'DROP TYPE owned CASCADE', $no_key ],
 		[ 'DROP FUNCTION twice CASCADE', qr/42703: column "b" of table "computed" does not exist/ ],

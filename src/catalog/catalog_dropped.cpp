@@ -44,8 +44,7 @@ AddDropped(HeapTuple tuple, TupleDesc desc, Dropped *dropped, MemoryContext cont
 	if (name == NULL || !(column || IsNamedInExpressions(catalog)))
 		return;
 	InContext(context, [&] {
-		dropped->names = lappend(dropped->names,
-								 column ? psprintf(".%s", quote_identifier(name)) : pstrdup(name));
+		dropped->names = lappend(dropped->names, column ? psprintf(".%s", name) : pstrdup(name));
 	});
 }
 

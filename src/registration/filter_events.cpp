@@ -43,11 +43,17 @@ HasWord(const char *text, const char *word)
 	return false;
 }
 
-/* Whether the text may name it; names are quoted there where they have to be. */
+/*
+ * Whether the text may name it, ".x" being a column or an attribute x.  Names are quoted
+ * there where they have to be, whatever quote_all_identifiers is now.
+ */
 bool
 MayName(const char *filter, const char *name)
 {
-	return HasWord(filter, name) || HasWord(filter, quote_identifier(name));
+	const char *dot = name[0] == '.' ? "." : "";
+	const char *quoted = psprintf("%s%s", dot, quote_identifier(name + strlen(dot)));
+
+	return HasWord(filter, name) || HasWord(filter, quoted);
 }
 
 /* Whether the text may name one of them. */
@@ -151,7 +157,7 @@ RequireFiltersNaming(const List *name)
 void
 RequireFiltersInside(const char *name)
 {
-	RequireFilters(list_make1(psprintf(".%s", quote_identifier(name))), false);
+	RequireFilters(list_make1(psprintf(".%s", name)), false);
 }
 
 /* The new name may hide another object. */
