@@ -148,6 +148,34 @@ section 'a composite type with another column' => sub {
 	$writer->quit;
 };
 
+# What changed while a session looked at the table for the first time was missed by it.
+section 'a composite type that gets a column meanwhile' => sub {
+	$alpha->create_table_on_both($beta,
+		'CREATE TYPE growing AS (a int); CREATE TABLE grown (id int PRIMARY KEY, c growing)');
+	here(q{CREATE FUNCTION hold() RETURNS int IMMUTABLE LANGUAGE plpgsql AS $$
+		BEGIN
+			PERFORM pg_advisory_xact_lock_shared(104);
+			PERFORM count(*) FROM public.grown; -- sees what was committed meanwhile
+			RETURN 0;
+		END $$});
+	$alpha->create_pair('grown', 'beta', q{row_filter => 'id > hold()'});
+	my ($holder, $writer) = ($alpha->session, $alpha->session);
+
+	$holder->ok('SELECT pg_advisory_lock(104)');
+	$writer->ok(q{SET DateStyle = 'SQL, DMY'});
+	$writer->start('INSERT INTO grown VALUES (1, ROW(1))');
+	$alpha->poll_ok(
+		q{SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)},
+		'the session is looking');
+	$alpha->create_table_on_both($beta, 'ALTER TYPE growing ADD ATTRIBUTE d date');
+	$holder->ok('SELECT pg_advisory_unlock(104)');
+	$writer->finish;
+	$writer->ok(q{INSERT INTO grown VALUES (2, ROW(2, '2024-01-02'))});
+	synced();
+	is($beta->safe_psql('postgres', 'SELECT (c).d FROM grown WHERE id = 2'), '2024-01-02', 'its date');
+	$_->quit foreach ($holder, $writer);
+};
+
 # Money in arrays and in composite types is text, as which "1,234.50" is 1.23 to a German.
 section 'money' => sub {
 	plan(skip_all => 'no other locale can be made') if !$german;
@@ -421,6 +449,21 @@ section 'a filter means one thing' => sub {
 		is(there("SELECT array_agg(id ORDER BY id) FROM wanted WHERE id > $id"), "{$plain,$other}", $name);
 		here(q{SELECT mmrepl.drop_pair('wanted', 'beta')});
 	}
+};
+
+# What a function said was kept by the sessions that had written before it was replaced.
+section 'a filter whose function is replaced' => sub {
+	$alpha->create_table_on_both($beta, 'CREATE TABLE judged (id int PRIMARY KEY)');
+	here(q{CREATE FUNCTION judge(int) RETURNS boolean IMMUTABLE LANGUAGE sql AS 'SELECT $1 > 0'});
+	$alpha->create_pair('judged', 'beta', q{row_filter => 'judge(id)'});
+	my $writer = $alpha->session;
+
+	$writer->ok('INSERT INTO judged VALUES (1), (-1)');
+	here(q{CREATE OR REPLACE FUNCTION judge(int) RETURNS boolean IMMUTABLE LANGUAGE sql AS 'SELECT $1 < 0'});
+	$writer->ok('INSERT INTO judged VALUES (2), (-2)');
+	$writer->quit;
+	synced();
+	is(there('SELECT array_agg(id ORDER BY id) FROM judged'), '{-2,1}', 'the new one is asked from then on');
 };
 
 done_testing();

@@ -3,8 +3,8 @@
  *		The backend's cache of captured tables.
  *
  * An entry is built at the first row event and dropped when the relation, an
- * ancestor or a composite type of it, or anything catalog::Generation() covers has changed.  An
- * entry may be in use further up the stack when it is replaced: its memory is
+ * ancestor or a composite type of it, or anything catalog::Generation() covers has changed;
+ * one with filters also when a function has, which may have been simplified away.  An entry may be in use further up the stack when it is replaced: its memory is
  * then handed to the transaction, not freed at once.
  */
 #include "capture_internal.hpp"
@@ -22,6 +22,8 @@ struct CacheSlot
 
 /* ---- invalidation ---- */
 
+static uint64 invalidations; /* so far; an entry that is being built is not found by them */
+
 /* Whether what was built from the relation's definition is in the entry; InvalidOid: any. */
 static bool
 DependsOn(const CapturedTable *table, Oid relation)
@@ -31,26 +33,43 @@ DependsOn(const CapturedTable *table, Oid relation)
 		   list_member_oid(table->row_types, relation);
 }
 
+/* The entries for which the predicate holds are built again when they are needed. */
+template <typename Predicate>
 static void
-OnRelcacheInvalidation(Datum, Oid relation)
+Invalidate(Predicate concerns)
 {
 	HASH_SEQ_STATUS scan;
 	CacheSlot *slot;
 
+	invalidations++;
 	if (cache == NULL)
 		return;
 	hash_seq_init(&scan, cache);
 	while ((slot = (CacheSlot *) hash_seq_search(&scan)) != NULL)
 	{
-		if (slot->table != NULL && DependsOn(slot->table, relation))
+		if (slot->table != NULL && concerns(slot->table))
 			slot->table->valid = false;
 	}
+}
+
+static void
+OnRelcacheInvalidation(Datum, Oid relation)
+{
+	Invalidate([&](const CapturedTable *table) { return DependsOn(table, relation); });
+}
+
+/* A function was made, replaced or dropped, or other roles may call it. */
+static void
+OnFunctionInvalidation(Datum, int, uint32)
+{
+	Invalidate([](const CapturedTable *table) { return table->econtext != NULL; });
 }
 
 void
 InitCache()
 {
 	CacheRegisterRelcacheCallback(OnRelcacheInvalidation, (Datum) 0);
+	CacheRegisterSyscacheCallback(PROCOID, OnFunctionInvalidation, (Datum) 0);
 }
 
 static CacheSlot *
@@ -376,8 +395,10 @@ Build(const CacheKey &key, Relation rel, Trigger *trigger)
 	table->context = context;
 	(void) catalog::GetRelations(); /* a first look moves the generation */
 	table->generation = catalog::Generation();
-	table->valid = true;
+	uint64 before = invalidations;
+
 	InContext(context, [&] { BuildTable(table, rel, trigger); });
+	table->valid = invalidations == before; /* else it serves this row only */
 	return table;
 }
 
