@@ -146,6 +146,31 @@ section 'a filter runs as the owner of its pair' => sub {
 	is($beta->safe_psql('postgres', 'SELECT array_agg(id ORDER BY id) FROM guarded'), '{1,2,3,4}', 'all has arrived');
 };
 
+# Built-in functions call those of the elements: a filter that compares arrays ran code as
+# whoever wrote.
+section 'what belongs to a type runs as the owner, too' => sub {
+	make_table('compared', 'app');
+	as('app',
+		q{CREATE TYPE app.part AS (a int);
+		  CREATE FUNCTION app.compare(app.part, app.part) RETURNS int IMMUTABLE LANGUAGE plpgsql AS $$
+		  BEGIN
+			  IF current_user <> 'app' THEN RAISE 'called as %', current_user; END IF;
+			  RETURN ($1).a - ($2).a;
+		  END $$;
+		  CREATE FUNCTION app.equal(app.part, app.part) RETURNS boolean IMMUTABLE LANGUAGE plpgsql
+			  AS 'BEGIN RETURN app.compare($1, $2) = 0; END';
+		  CREATE OPERATOR app.= (LEFTARG = app.part, RIGHTARG = app.part, FUNCTION = app.equal);
+		  ALTER TABLE compared ADD parts app.part[]});
+	here(
+		q{CREATE OPERATOR CLASS app.part_ops DEFAULT FOR TYPE app.part USING btree AS
+			  OPERATOR 3 app.=, FUNCTION 1 app.compare(app.part, app.part)});
+	as('app',
+		q{SELECT mmrepl.create_pair('compared', 'beta', columns => '{id}', row_filter => $$parts <> '{(1)}'$$)});
+	here(q{INSERT INTO compared VALUES (1, '', '{(1)}'), (2, '', '{(2)}')});
+	synced();
+	is($beta->safe_psql('postgres', 'SELECT array_agg(id) FROM compared'), '{2}', 'and says what it did');
+};
+
 # A filter that wrote to its table was evaluated while it was evaluated, in the same
 # memory.
 section 'a filter that writes to its table' => sub {

@@ -3,9 +3,10 @@
  *		The backend's cache of captured tables.
  *
  * An entry is built at the first row event and dropped when the relation, an
- * ancestor or a composite type of it, or anything catalog::Generation() covers has changed;
- * one with filters also when a function has, which may have been simplified away.  An entry may be in use further up the stack when it is replaced: its memory is
- * then handed to the transaction, not freed at once.
+ * ancestor or a composite type of it, or anything catalog::Generation() covers has
+ * changed; one with filters also when a function has, which may have been simplified
+ * away.  An entry may be in use further up the stack when it is replaced: its memory
+ * is then handed to the transaction, not freed at once.
  */
 #include "capture_internal.hpp"
 

@@ -159,6 +159,21 @@ IsOtherFunction(Oid function, void *)
 }
 
 /*
+ * Whether built-in functions for values of any type, as array_eq(), may call code of
+ * anybody's making for those of this type.
+ */
+bool
+IsOtherType(Oid type)
+{
+	Oid base = getBaseType(type);
+	Oid element = get_element_type(base);
+
+	if (OidIsValid(element))
+		base = getBaseType(element);
+	return base == RECORDOID || (base >= FirstGenbkiObjectId && get_typtype(base) != TYPTYPE_ENUM);
+}
+
+/*
  * Whether there is more in the expression than columns, constants and built-in
  * immutable functions.  Kinds of nodes that are not named here may do anything.
  */
@@ -171,6 +186,7 @@ HasOtherCode(Node *node, void *context)
 	{
 		case T_Var:
 		case T_Const:
+			return IsOtherType(exprType(node));
 		case T_List:
 		case T_FuncExpr:
 		case T_OpExpr:
