@@ -139,8 +139,22 @@ Settings SettingsOf(Oid type, List **row_types);
  * End needs, and costs next to nothing where they have these values.  An error in
  * between is undone by the abort of the (sub)transaction.
  */
-int BeginTextFormat(Settings settings);
-void EndTextFormat(int nest_level);
+int SetTextFormat(Settings settings);
+void ResetTextFormat(int nest_level);
+
+/* Most rows depend on none. */
+inline int
+BeginTextFormat(Settings settings)
+{
+	return likely(settings == kNoSettings) ? 0 : SetTextFormat(settings);
+}
+
+inline void
+EndTextFormat(int nest_level)
+{
+	if (unlikely(nest_level != 0))
+		ResetTextFormat(nest_level);
+}
 
 /* ---- writing ---- */
 

@@ -180,12 +180,10 @@ SettingsOf(Oid type, List **row_types)
 /* ---- pinning ---- */
 
 int
-BeginTextFormat(Settings settings)
+SetTextFormat(Settings settings)
 {
 	int nest_level = 0;
 
-	if (settings == kNoSettings)
-		return nest_level;
 	for (const Pinned &each : pinned)
 	{
 		if ((each.part_of & settings) == 0 || each.holds())
@@ -199,10 +197,9 @@ BeginTextFormat(Settings settings)
 }
 
 void
-EndTextFormat(int nest_level)
+ResetTextFormat(int nest_level)
 {
-	if (nest_level != 0)
-		AtEOXact_GUC(true, nest_level);
+	AtEOXact_GUC(true, nest_level);
 }
 
 } // namespace mmrepl::change

@@ -88,7 +88,7 @@ CurrentGoal(const shmem::Stream &stream, int32 id)
 bool
 IsCurrent(const shmem::Stream &stream, const Goal &goal)
 {
-	return stream.in_use && stream.epoch == goal.epoch;
+	return goal.epoch != 0 && stream.in_use && stream.epoch == goal.epoch;
 }
 
 static uint64
