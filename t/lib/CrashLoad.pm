@@ -265,12 +265,12 @@ sub two_phases_with
 	my $node = $self->{nodes}->[$side];
 
 	forget_fault($node, $fault);
-	# At the first try the fence may still be closed.  The node's own fault may
-	# fire now.
+	# At the first try the fence may still be closed.  The nodes' own faults may
+	# fire now, that of the peer, too: it may have begun to recover only just now.
 	until_true(
 		sub {
 			return fired($node, $fault) if firing($node, $fault); # who was killed is still ending
-			bring_back($node) if is_down($node);
+			bring_back($_) foreach grep { is_down($_) } @{ $self->{nodes} };
 			query($node, "SET mmrepl.fault = '$fault'; SET mmrepl.two_phase = 'on'; "
 				. "INSERT INTO slog VALUES ($side, -$self->{next}, 0)");
 			return fired($node, $fault);
